@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# A Python environment with verl and this package, for a machine without a GPU. Idempotent.
+#
+#   bash scripts/setup.sh [EXTRA]      EXTRA: cpu (default), dev
+#
+# Prints what it does on stderr and the environment's python on stdout. An environment that already has
+# everything (the active one, or .venv from an earlier call) is used as it is.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# ---- user-adjustable ----
+PYTHON=${PYTHON:-}                        # the interpreter to build on; empty: the first of 3.12, 3.11, 3.10
+VENV=${VENV:-$PWD/.venv}                  # where the environment goes
+TORCH=${TORCH:-torch==2.13.0}             # pip takes the build (CPU, CUDA) that your index offers
+VERL=${VERL:-verl==0.9.1}
+# -------------------------
+
+extra=${1:-cpu}
+say() { echo "[setup] $*" >&2; }
+
+# What each extra must be able to import. find_spec does not import, so this is quick; -I keeps this checkout off the
+# path, so that verl_krpo counts only where it is installed.
+modules="verl verl_krpo transfer_queue zmq msgspec cachetools fastapi uvicorn matplotlib math_verify"
+[ "$extra" = dev ] && modules="$modules pytest pytest_timeout hypothesis statsmodels mpmath ruff build mkdocs mkdocstrings latex2mathml"
+complete() {
+    "$1" -I -c 'import sys, importlib.util as u; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))' $modules 2>/dev/null
+}
+
+for python in "${VIRTUAL_ENV:-/nonexistent}/bin/python" "$VENV/bin/python"; do
+    if [ -x "$python" ] && complete "$python"; then
+        say "using $python"
+        echo "$python"
+        exit 0
+    fi
+done
+
+if [ -z "$PYTHON" ]; then
+    for candidate in python3.12 python3.11 python3.10 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then
+            PYTHON=$candidate
+            break
+        fi
+    done
+fi
+[ -n "$PYTHON" ] || { say "no Python 3.10, 3.11 or 3.12 found: install one, or set PYTHON=/path/to/python"; exit 1; }
+
+say "building $VENV with $("$PYTHON" --version): torch, verl and verl-krpo[$extra] (about two minutes)"
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+say "1/3 $TORCH";             "${pip[@]}" "$TORCH" >&2
+say "2/3 $VERL";              "${pip[@]}" "$VERL" >&2
+say "3/3 verl-krpo[$extra]";  "${pip[@]}" --editable ".[$extra]" >&2
+complete "$VENV/bin/python" || { say "the environment is incomplete: remove $VENV and run this again"; exit 1; }
+say "ready"
+echo "$VENV/bin/python"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up an environment if there is none, then lints and runs every test.
+#
+#   bash scripts/test.sh                   everything, real verl runs included (about 20 minutes on 2 cores)
+#   bash scripts/test.sh -m "not e2e"      what follows goes to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=$(bash scripts/setup.sh dev)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # Ray workers and torch threads would fight over few cores
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+exec "$python" -m pytest "$@"

@@ -1,0 +1,1 @@
+"""Runs read back: curves, tables, studies."""

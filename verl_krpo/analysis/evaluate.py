@@ -1,0 +1,339 @@
+"""What checkpoints can do: avg@k, pass@k and maj@k from verl's validation dumps, and paired comparisons.
+
+verl writes STEP.jsonl to `trainer.validation_data_dir`, a line a response: input, output, gts, score, acc, and what
+else the reward returns; the `math` reward adds pred (the final answer) and source (the benchmark). Of n samples of a
+problem, c of them right:
+
+    avg@n     c / n: verl's own acc/mean@n
+    pass@k    1 - C(n-c, k) / C(n, k): the probability that k samples hold a right one (arXiv 2107.03374, eq. 1)
+    maj@k     the expected correctness of the most frequent answer of k samples drawn without replacement; equally
+              frequent answers share, and a sample without an answer does not vote. Exact, not simulated
+
+Each is averaged over the problems of a benchmark. Intervals: 95 %, by resampling problems. Two checkpoints are
+compared on the problems that both dumps hold: mean difference of avg@n, its interval by resampling problems, and the
+two-sided p-value of a sign-flip permutation test.
+"""
+
+import csv
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import comb
+from pathlib import Path
+
+import numpy as np
+
+from verl_krpo.data.boxed import last_boxed
+from verl_krpo.reward import answer_tag
+
+RESAMPLES = 10_000
+ENUMERATED = 14  # up to so many non-zero differences every pattern of signs is tried
+SEED = 0
+
+
+@dataclass
+class Problem:
+    """The samples of one problem: whether each is right, and its answer ("" for none)."""
+
+    right: list[float] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+
+
+Benchmark = dict[tuple[str, str], Problem]  # (prompt, ground truth) -> problem
+
+
+@dataclass
+class Estimate:
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Comparison:
+    benchmark: str
+    problems: int
+    left_out: int
+    difference: Estimate
+    p_value: float
+
+
+def read(path: str | os.PathLike) -> dict[str, Benchmark]:
+    """The benchmarks of a dump: a STEP.jsonl, or a folder, of which the last step is read.
+
+    FileNotFoundError without a dump, ValueError for a line that is not one.
+    """
+    path = _dump(Path(path))
+    samples: dict[str, dict] = {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                entry["input"], entry["output"], entry["acc"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number} is not of verl's validation dump: {error!r}") from error
+            # An agent loop can have several outputs a session, {uid}_{session}_{output}: verl scores the last.
+            samples[str(entry.get("uid", number)).rpartition("_")[0] or str(number)] = entry
+    benchmarks: dict[str, Benchmark] = {}
+    for entry in samples.values():
+        problems = benchmarks.setdefault(str(entry.get("source") or "validation"), {})
+        problem = problems.setdefault((entry["input"], str(entry.get("gts"))), Problem())
+        problem.right.append(float(entry["acc"]))
+        problem.answers.append(_answer(entry))
+    if not benchmarks:
+        raise ValueError(f"{path} holds no samples")
+    return dict(sorted(benchmarks.items()))
+
+
+def _dump(path: Path) -> Path:
+    if path.is_file():
+        return path
+    steps = [file for file in path.glob("*.jsonl") if re.fullmatch(r"\d+", file.stem)]
+    if not steps:
+        raise FileNotFoundError(f"{path} holds no STEP.jsonl: validate with trainer.validation_data_dir={path}")
+    return max(steps, key=lambda file: int(file.stem))
+
+
+def _answer(entry: dict) -> str:
+    if entry.get("pred") is not None:
+        return str(entry["pred"])
+    found = answer_tag.extract(entry["output"])
+    return (last_boxed(entry["output"]) if found is None else found.strip()) or ""
+
+
+def pass_at(n: int, c: int, k: int) -> float:
+    """1 - C(n-c, k) / C(n, k) for 1 <= k <= n and 0 <= c <= n."""
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def majority_at(answers: Sequence[str], right: Sequence[float], k: int) -> float:
+    """Expected correctness of the vote of k of the samples; equal answers count as right by their mean."""
+    n = len(answers)
+    counts = Counter(answer for answer in answers if answer)
+    silent = n - sum(counts.values())
+    mean_right = {a: np.mean([r for b, r in zip(answers, right, strict=True) if b == a]) for a in counts}
+    weight: dict[int, float] = {}  # an answer's count -> its share of the wins
+    for answer, count in counts.items():
+        if mean_right[answer] > 0 and count not in weight:
+            others = list(counts.values())
+            others.remove(count)
+            weight[count] = sum(
+                comb(count, votes) * _outvoted(others, silent, k - votes, votes)
+                for votes in range(1, min(count, k) + 1)
+            )
+    return sum(mean_right[a] * weight[c] for a, c in counts.items() if mean_right[a] > 0) / comb(n, k)
+
+
+def _outvoted(others: Iterable[int], silent: int, places: int, votes: int) -> float:
+    """Ways to fill `places` from the other answers, none with more than `votes`, each way divided by 1 + ties."""
+    ways = np.zeros((places + 1, places // votes + 2))  # (places filled, answers tied at `votes`)
+    ways[0, 0] = 1.0
+    for count in others:
+        grown = ways.copy()
+        for taken in range(1, min(count, votes, places) + 1):
+            tie = int(taken == votes)
+            grown[taken:, tie:] += comb(count, taken) * ways[:-taken, : ways.shape[1] - tie]
+        ways = grown
+    filled = sum(comb(silent, places - s) * ways[s] for s in range(max(0, places - silent), places + 1))
+    return float(np.sum(filled / np.arange(1, ways.shape[1] + 1)))
+
+
+def resampled(values: Sequence[float]) -> Estimate:
+    """Mean over problems with the 95 % percentile interval of its bootstrap."""
+    values = np.asarray(values, dtype=np.float64)
+    low, high = np.percentile(_times_drawn(len(values)) @ values / len(values), [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+@lru_cache(maxsize=1)
+def _times_drawn(problems: int) -> np.ndarray:
+    """How often each problem is in each resample, (resamples, problems); the metrics of a benchmark share it."""
+    rng = np.random.default_rng(SEED)
+    return rng.multinomial(problems, np.full(problems, 1 / problems), size=RESAMPLES).astype(np.float64)
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """Two-sided p of a zero mean under independent random signs: every pattern of signs if few, else 10,000 drawn."""
+    differences = np.asarray([d for d in differences if d != 0], dtype=np.float64)
+    if not len(differences):
+        return 1.0
+    observed = abs(differences.sum()) - 1e-9
+    if len(differences) <= ENUMERATED:
+        signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
+        return float(np.mean(np.abs(signs @ differences) >= observed))
+    signs = np.random.default_rng(SEED).choice((-1, 1), size=(RESAMPLES, len(differences)))
+    return float((1 + np.sum(np.abs(signs @ differences) >= observed)) / (1 + RESAMPLES))
+
+
+def summary(benchmark: Benchmark) -> dict[str, Estimate]:
+    """avg@n, and pass@k and maj@k for k = 1, 2, 4, ... and n. n is the least number of samples a problem has."""
+    problems = list(benchmark.values())
+    n = min(len(problem.right) for problem in problems)
+    made = {f"avg@{n}": resampled([float(np.mean(problem.right)) for problem in problems])}
+    for k in _ks(n):
+        passed = [pass_at(len(p.right), sum(r >= 1 for r in p.right), k) for p in problems]
+        voted = [majority_at(p.answers, p.right, k) for p in problems]
+        made[f"pass@{k}"], made[f"maj@{k}"] = resampled(passed), resampled(voted)
+    return made
+
+
+def _ks(n: int) -> list[int]:
+    return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
+
+
+def compare(name: str, before: Benchmark, after: Benchmark) -> Comparison:
+    """avg@n of `after` minus that of `before`, on the problems of both. ValueError when they share none."""
+    shared = before.keys() & after.keys()
+    if not shared:
+        raise ValueError(f"{name}: the two dumps share no problem (same prompt and ground truth)")
+    differences = [float(np.mean(after[key].right) - np.mean(before[key].right)) for key in sorted(shared)]
+    left_out = len(before.keys() | after.keys()) - len(shared)
+    return Comparison(name, len(shared), left_out, resampled(differences), p_value(differences))
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    parts = [(p.with_suffix("") if p.suffix == ".jsonl" else p).resolve().parts for p in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"the same dump is named twice: {', '.join(map(str, paths))}")
+
+
+def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, console=None) -> Path:
+    """Print the table of the dumps, and the comparison of each with the first; write evaluation.csv, .png and .svg.
+
+    They go to the folder `out`, by default that of the first dump. Returns the path of the CSV.
+    """
+    from rich.console import Console
+
+    if not paths:
+        raise ValueError("name at least one dump: a STEP.jsonl or its folder")
+    paths = [Path(path) for path in paths]
+    runs = dict(zip(_names(paths), map(read, paths), strict=True))
+    measured = {run: {name: summary(b) for name, b in benchmarks.items()} for run, benchmarks in runs.items()}
+    console = console or Console()
+    _print_table(runs, measured, console)
+    first = next(iter(runs))
+    comparisons = {
+        run: [compare(name, runs[first][name], runs[run][name]) for name in runs[run] if name in runs[first]]
+        for run in runs
+        if run != first
+    }
+    _print_comparisons(first, comparisons, console)
+
+    out = Path(out) if out is not None else _dump(paths[0]).parent
+    out.mkdir(parents=True, exist_ok=True)
+    table = _write_csv(runs, measured, comparisons, out / "evaluation.csv")
+    figure = plot(measured, out / "evaluation.png")
+    for label, path in (("table", table), ("figure", figure)):
+        console.print(f"{label}: {path}", soft_wrap=True, markup=False, highlight=False)
+    return table
+
+
+def _print_table(runs: dict, measured: dict, console) -> None:
+    from rich.table import Table
+
+    for run, benchmarks in measured.items():
+        shown = Table(title=run, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+        shown.add_column("benchmark", overflow="fold")
+        for heading in ("size x n", "avg@n", "pass@n", "maj@n"):
+            shown.add_column(heading, justify="right", no_wrap=True)
+        for name, estimates in benchmarks.items():
+            problems = runs[run][name]
+            counts = sorted({len(problem.right) for problem in problems.values()})
+            samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+            cells = (_cell(estimates[f"{metric}@{counts[0]}"]) for metric in ("avg", "pass", "maj"))
+            shown.add_row(name, f"{len(problems)} x {samples}", *cells)
+        console.print(shown)
+    console.print("percent [95 % interval over problems], n samples a problem", markup=False, highlight=False)
+
+
+def _cell(estimate: Estimate) -> str:
+    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.3g} [{low:.0f}, {high:.0f}]" if value >= 99.95 else f"{value:.1f} [{low:.0f}, {high:.0f}]"
+
+
+def _print_comparisons(first: str, comparisons: dict[str, list[Comparison]], console) -> None:
+    for run, made in comparisons.items():
+        console.print(f"\n{run} minus {first}, avg in points:", soft_wrap=True, markup=False, highlight=False)
+        for c in made:
+            d = c.difference
+            left_out = f", {c.left_out} not in both" if c.left_out else ""
+            console.print(
+                f"  {c.benchmark}: {100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}], "
+                f"p = {c.p_value:.2g}, {c.problems} problems{left_out}",
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
+            )
+        if not made:
+            console.print("  no benchmark in common", highlight=False)
+
+
+def _write_csv(runs: dict, measured: dict, comparisons: dict[str, list[Comparison]], path: Path) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["checkpoint", "benchmark", "problems", "metric", "value", "low", "high", "p_value"])
+        for run, benchmarks in measured.items():
+            for name, estimates in benchmarks.items():
+                for metric, e in estimates.items():
+                    writer.writerow([run, name, len(runs[run][name]), metric, e.value, e.low, e.high, ""])
+        for run, made in comparisons.items():
+            for c in made:
+                d = c.difference
+                writer.writerow([run, c.benchmark, c.problems, "avg difference", d.value, d.low, d.high, c.p_value])
+    return path
+
+
+def plot(measured: dict[str, dict[str, dict[str, Estimate]]], path: str | os.PathLike) -> Path:
+    """A panel a benchmark: pass@k (lines) and maj@k (dashed) over k with their intervals, to PATH.png and PATH.svg."""
+    from matplotlib.figure import Figure
+
+    from verl_krpo.analysis.curves import COLOURS
+
+    names = sorted({name for benchmarks in measured.values() for name in benchmarks})
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(max(5.0, 3.4 * columns), 3.0 * lines + 0.6), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel, name in zip(panels, names, strict=False):
+        for index, (run, benchmarks) in enumerate(measured.items()):
+            colour = COLOURS[index % len(COLOURS)]
+            for metric, style in (("pass", "-"), ("maj", "--")):
+                _draw(panel, benchmarks.get(name, {}), metric, style, colour, run if len(measured) > 1 else "")
+        panel.set_title(name, loc="left", fontsize=10)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
+        panel.set_ylim(0, 1)
+        panel.grid(color="0.9", linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_xlabel("samples k")
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", frameon=False, ncols=2)
+
+    path = Path(path).with_suffix("")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".svg", ".png"):
+        figure.savefig(path.with_name(path.name + suffix), dpi=150)
+    return path.with_name(path.name + ".png")
+
+
+def _draw(panel, estimates: dict[str, Estimate], metric: str, style: str, colour: str, run: str) -> None:
+    at = {int(key.partition("@")[2]): e for key, e in estimates.items() if key.startswith(f"{metric}@")}
+    found = sorted(at.items(), key=lambda item: item[0])
+    if not found:
+        return
+    ks, values = [k for k, _ in found], [e.value for _, e in found]
+    label = f"{run} {metric}@k".strip()
+    panel.plot(ks, values, style, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+    if metric == "pass":
+        panel.fill_between(ks, [e.low for _, e in found], [e.high for _, e in found], color=colour, alpha=0.15, lw=0)

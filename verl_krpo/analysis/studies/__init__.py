@@ -1,0 +1,1 @@
+"""The estimators on simulated rewards: every study writes a CSV and figures and returns a table."""

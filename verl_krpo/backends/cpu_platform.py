@@ -1,0 +1,305 @@
+"""verl on a machine without a GPU: `VERL_PLATFORM=cpu`.
+
+Three things make verl's V1 trainer run there: a platform that answers verl's questions about the device
+(`CpuPlatform`), three repairs of calls that take a GPU for granted (`install`), and the settings a CPU run needs
+(`prepare`, on the driver, before Ray starts). Ray has no word for a CPU rank, so a rank holds a *logical* GPU:
+`n_gpus_per_node` counts ranks.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import resource
+import types
+
+import ray
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.plugin.platform import PlatformBase, PlatformRegistry
+
+FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+
+
+def _nothing(*args, **kwargs) -> None:
+    """The answer to every order that has no meaning on a CPU."""
+
+
+def _peak_memory(*args) -> int:
+    """Peak resident memory of this process in bytes: what verl logs as perf/max_memory_*."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# What verl calls on `torch.cuda`. is_available is False: it guards calls that free or measure GPU memory.
+_device_module = types.ModuleType("verl_krpo.backends.cpu_platform.device")
+_device_module.__dict__.update(
+    is_available=lambda: False,
+    device_count=lambda: 1,
+    current_device=lambda: "cpu",
+    get_device_name=lambda *args: "CPU",
+    set_device=_nothing,
+    synchronize=_nothing,
+    empty_cache=_nothing,
+    max_memory_allocated=_peak_memory,
+    max_memory_reserved=_peak_memory,
+    memory_allocated=_peak_memory,
+    memory_reserved=_peak_memory,
+    mem_get_info=lambda *args: (0, 0),
+    get_rng_state=torch.get_rng_state,
+    set_rng_state=torch.set_rng_state,
+    manual_seed=torch.manual_seed,
+    manual_seed_all=torch.manual_seed,
+)
+
+
+class CpuPlatform(PlatformBase):
+    """verl's questions about the device, answered for a CPU."""
+
+    device_name = "cpu"
+    vendor_name = "cpu"
+    device_module = _device_module
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_platform_available(self, use_smi_check=False) -> bool:
+        return False  # asked only where VERL_PLATFORM is unset: a CPU is never guessed
+
+    def current_device(self) -> str:
+        return "cpu"  # verl moves tensors to it: an index would mean a GPU
+
+    def device_count(self) -> int:
+        return 1
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    manual_seed_all = manual_seed
+
+    def get_device_capability(self, device_index: int = 0) -> tuple[None, None]:
+        return None, None
+
+    def communication_backend_name(self) -> str:
+        return "gloo"
+
+    def visible_devices_envvar(self) -> str:
+        return "CUDA_VISIBLE_DEVICES"
+
+    def ray_resource_name(self) -> str:
+        return "GPU"  # verl's resource check counts GPU and NPU only
+
+    def ray_noset_envvars(self) -> list[str]:
+        return []
+
+    def is_ipc_supported(self) -> bool:
+        return False
+
+    @contextlib.contextmanager
+    def nvtx_range(self, msg: str):
+        yield
+
+    set_device = synchronize = set_allocator_settings = empty_cache = _nothing
+    profiler_start = profiler_stop = cudart = _nothing
+
+
+def install() -> None:
+    """Register the platform and repair what takes a GPU for granted. Called in every process that imports verl."""
+    if PlatformRegistry.get("cpu") is CpuPlatform:
+        return
+    PlatformRegistry.register("cpu")(CpuPlatform)
+    # verl's FSDP engine asks the platform for its device but is registered for cuda and npu only.
+    os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
+    _accept_a_backend_twice()
+    _never_pin_memory()
+    _save_copies()
+
+
+def _accept_a_backend_twice() -> None:
+    """verl asks torch for `cpu:gloo,<device>:<backend>`, here `cpu:gloo,cpu:gloo`, which torch refuses."""
+    original = torch.distributed.init_process_group
+
+    @functools.wraps(original)
+    def init_process_group(backend=None, *args, **kwargs):
+        if isinstance(backend, str):
+            backend = ",".join(dict.fromkeys(backend.split(",")))
+        return original(backend, *args, **kwargs)
+
+    torch.distributed.init_process_group = init_process_group
+
+
+def _never_pin_memory() -> None:
+    """verl's FSDP2 reference model asks for CPU offload in pinned memory, which only a GPU has."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    original = CPUOffloadPolicy.__init__
+
+    @functools.wraps(original)
+    def init(self, pin_memory: bool = False):
+        original(self, pin_memory=False)
+
+    CPUOffloadPolicy.__init__ = init
+
+
+def _save_copies() -> None:
+    """verl's separate_async trainer saves weights by `.cpu()`, which on a CPU is the live tensor and saves nothing."""
+    from verl.utils import fsdp_utils
+
+    original = fsdp_utils.fsdp2_sharded_save_to_cpu
+
+    @functools.wraps(original)
+    def save(model):
+        state, spec = original(model)
+        return {name: (tensor.clone(), each) for name, (tensor, each) in state.items()}, spec
+
+    fsdp_utils.fsdp2_sharded_save_to_cpu = save
+
+
+class _Settings:
+    """Edits a verl config in place and remembers what it changed."""
+
+    def __init__(self, config: DictConfig):
+        self.config = config
+        self.changed: dict[str, object] = {}
+
+    def default(self, key: str, gpu: object, cpu: object) -> None:
+        """Set `key` to `cpu` where it still has verl's default for GPUs; None stands for a key that is not there."""
+        section, _, name = key.rpartition(".")
+        parent = OmegaConf.select(self.config, section)
+        if parent is None or (None if OmegaConf.is_missing(parent, name) else parent.get(name)) != gpu:
+            return
+        with open_dict(self.config):
+            OmegaConf.update(self.config, key, cpu, force_add=True)
+        self.changed[key] = cpu
+
+    def require(self, key: str, value: object) -> None:
+        """ValueError where `key` is there with another value."""
+        given = OmegaConf.select(self.config, key)
+        if given not in (None, value):
+            raise ValueError(f"{key}={given} does not run with VERL_PLATFORM=cpu: set {key}={value}")
+
+
+def prepare(config: DictConfig) -> None:
+    """Turn a composed verl config into one that runs on CPUs, in place, and say what changed.
+
+    A key that still has verl's GPU default gets the value a CPU needs; other values of the user's stay. Where a
+    value cannot run on a CPU, ValueError with the key and the value to set.
+    """
+    settings = _Settings(config)
+    default, require = settings.default, settings.require
+    rollout = "actor_rollout_ref.rollout"
+    default("trainer.device", "cuda", "cpu")
+    default("trainer.n_gpus_per_node", 8, 1)
+    default(f"{rollout}.name", None, "hf")
+    default(f"{rollout}.tensor_model_parallel_size", 2, 1)
+    default(f"{rollout}.dtype", "bfloat16", "float32")
+    default(f"{rollout}.free_cache_engine", True, False)
+    default(f"{rollout}.agent.num_workers", 8, 1)
+    default("reward.num_workers", 8, 1)
+    default("data.dataloader_num_workers", 8, 0)
+    default("transfer_queue.backend.SimpleStorage.num_data_storage_units", 8, 1)
+    models = [("actor_rollout_ref.actor", "actor_rollout_ref.actor.fsdp_config", "actor_rollout_ref.model")]
+    models += [("actor_rollout_ref.ref", "actor_rollout_ref.ref.fsdp_config", "actor_rollout_ref.model")]
+    models += [("critic", "critic.fsdp", "critic.model")]
+    for role, engine, model in models:
+        default(f"{role}.strategy", "fsdp", "fsdp2")
+        default(f"{role}.use_torch_compile", True, False)
+        default(f"{engine}.use_torch_compile", True, False)
+        default(f"{engine}.dtype", "bfloat16", "float32")
+        default(f"{engine}.mixed_precision", None, FLOAT32)  # bf16 autocast is slow here and rounds log-probs
+        default(f"{model}.use_remove_padding", True, False)
+        default(f"{model}.override_config.attn_implementation", None, "sdpa")
+        require(f"{role}.strategy", "fsdp2")
+        require(f"{model}.use_remove_padding", False)
+    require("trainer.use_v1", True)
+    require("trainer.device", "cpu")
+    require(f"{rollout}.name", "hf")
+    if config.trainer.v1.trainer_mode == "separate_async":  # servers with ranks of their own, weights over gloo
+        default(f"{rollout}.nnodes", 0, 1)
+        default(f"{rollout}.checkpoint_engine.backend", "naive", "gloo")
+        default(f"{rollout}.checkpoint_engine.custom_backend_module", None, "verl_krpo.backends.gloo_checkpoint")
+    _one_micro_batch(config, default)
+    _watched_sampler(config, default)
+    _ray_resources(config, default)
+    if settings.changed:
+        print("VERL_PLATFORM=cpu sets", " ".join(f"{key}={value}" for key, value in settings.changed.items()))
+
+
+def _one_micro_batch(config: DictConfig, default) -> None:
+    """Without a GPU's memory to fit, one micro-batch a rank is fastest, where the user chose no size."""
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    if actor.use_dynamic_bsz:
+        return
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    updates = config.trainer.v1.get(config.trainer.v1.trainer_mode, {}).get("parameter_sync_step", 1)
+    rows = math.ceil(config.data.train_batch_size // updates * rollout.n / ranks)
+    if actor.ppo_micro_batch_size is None:
+        mini = math.ceil(actor.ppo_mini_batch_size * rollout.n / ranks)
+        default("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", None, mini)
+    for role in ("rollout", "ref"):
+        if config.actor_rollout_ref[role].log_prob_micro_batch_size is None:
+            default(f"actor_rollout_ref.{role}.log_prob_micro_batch_size_per_gpu", None, rows)
+
+
+def _watched_sampler(config: DictConfig, default) -> None:
+    """verl's own buffer stays where it filters or refills groups: it passes those settings to no other class."""
+    filters = config.algorithm.get("filter_groups")
+    if (filters and filters.enable) or config.trainer.v1.sampler.get("sync_refill_failed_groups"):
+        return
+    if config.trainer.v1.sampler.custom_sampler.path is None:
+        name = "WatchedReplayBuffer" if config.trainer.v1.trainer_mode == "sync" else "WatchedReplayBufferAsync"
+        default("trainer.v1.sampler.custom_sampler.path", None, "pkg://verl_krpo.backends.replay")
+        default("trainer.v1.sampler.custom_sampler.name", None, name)
+
+
+def logical_resources(config: DictConfig) -> tuple[int, int]:
+    """Logical (CPUs, GPUs) verl asks of Ray for this config. Ray waits for ever for what it does not have.
+
+    A trainer rank reserves 3 CPUs and a standalone rollout rank 2 (verl's max_colocate_count), TransferQueue 1 for
+    each storage unit and 1 for its controller; every other actor needs 1 free CPU to be placed, and none to run.
+    """
+    trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
+    ranks = trainer.n_gpus_per_node * trainer.nnodes
+    servers = rollout.n_gpus_per_node * rollout.nnodes if trainer.v1.trainer_mode == "separate_async" else 0
+    storage = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
+    return 3 * ranks + 2 * servers + storage + 2, ranks + servers
+
+
+def _ray_resources(config: DictConfig, default) -> None:
+    """Give Ray the logical CPUs and GPUs the job asks for, or refuse what is too few."""
+    cpus, gpus = logical_resources(config)
+    init = config.ray_kwargs.ray_init
+    # TransferQueue sets torch's number of threads at every call: to more than the cores, unless told.
+    environment = {key: os.environ.get(key, "1") for key in ("OMP_NUM_THREADS", "TQ_NUM_THREADS")}
+    environment |= {"VERL_PLATFORM": "cpu"} | dict(OmegaConf.select(init, "runtime_env.env_vars") or {})
+    with open_dict(config):
+        OmegaConf.update(init, "runtime_env.env_vars", environment, force_add=True)
+    address = init.get("address") or os.environ.get("RAY_ADDRESS") or "local"
+    if address != "local" or ray.is_initialized():
+        return _check_cluster(address, cpus, gpus)
+    default("ray_kwargs.ray_init.address", None, "local")  # else Ray joins any job that runs on this machine
+    for key, needed in (("num_cpus", cpus), ("num_gpus", gpus)):
+        given = init.get(key)
+        if given is not None and given < needed:
+            raise ValueError(
+                f"ray_kwargs.ray_init.{key}={given} is too few: this job asks Ray for {needed} and would wait for "
+                f"ever. They are logical, more than the machine has is fine: set ray_kwargs.ray_init.{key}={needed}"
+            )
+    default("ray_kwargs.ray_init.num_cpus", None, max(cpus, os.cpu_count() or 1))
+    default("ray_kwargs.ray_init.num_gpus", None, gpus)
+    default("ray_kwargs.ray_init.include_dashboard", None, False)
+
+
+def _check_cluster(address: str, cpus: int, gpus: int) -> None:
+    """RuntimeError if the Ray that is to be joined could never place this job."""
+    joined = not ray.is_initialized()
+    if joined:
+        ray.init(address=address, log_to_driver=False)
+    has = ray.cluster_resources()
+    if joined:
+        ray.shutdown()
+    if has.get("CPU", 0) < cpus or has.get("GPU", 0) < gpus:
+        raise RuntimeError(
+            f"the Ray cluster ({address}) has {has.get('CPU', 0):g} logical CPUs and {has.get('GPU', 0):g} GPUs, this "
+            f"job asks for {cpus} and {gpus} and would wait for ever: start it with `ray start --head "
+            f"--num-cpus={cpus} --num-gpus={gpus}`, or unset RAY_ADDRESS for a Ray of the job's own"
+        )

@@ -1,0 +1,213 @@
+"""`verl-krpo`: the command line. Commands import what they need when they run, so that --help is quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from verl_krpo.data.source import NAMES
+
+app = typer.Typer(
+    help="KRPO and KPO for verl: data, models, studies and runs read back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(
+    help="Write a dataset as verl parquet (train.parquet, test.parquet and a card).", no_args_is_help=True
+)
+app.add_typer(data, name="data")
+study = typer.Typer(help="The estimators on simulated rewards: a CSV, figures and a table.", no_args_is_help=True)
+app.add_typer(study, name="study")
+
+Out = Annotated[Path, typer.Option("--out", help="The folder to write to.", file_okay=False)]
+Seed = Annotated[int, typer.Option(help="The same seed makes the same thing.")]
+
+
+@data.command()
+def arithmetic(
+    out: Out,
+    level: Annotated[str, typer.Option(help="easy, normal, hard, or sums (two terms, for the tiny model).")] = "normal",
+    train: Annotated[int | None, typer.Option(help="Rows for training; the level's own number if not given.")] = None,
+    test: Annotated[int | None, typer.Option(help="Rows held out; the level's own number if not given.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Generated arithmetic: no test problem occurs in any training set, whatever the seed."""
+    from verl_krpo.data.arithmetic import prepare
+
+    prepare(out, level=level, train_rows=train, test_rows=test, seed=seed)
+
+
+def _published(name: str) -> None:
+    def command(
+        out: Out,
+        source: Annotated[
+            Path | None, typer.Option(help="Local files in the dataset's schema, instead of the hub.")
+        ] = None,
+        limit: Annotated[int | None, typer.Option(help="At most so many problems a split.")] = None,
+        topic: Annotated[str | None, typer.Option(help="openmath_instruct: only problems of this topic.")] = None,
+    ) -> None:
+        from verl_krpo.data.source import prepare
+
+        prepare(name, out, source, limit, topic)
+
+    data.command(name, help=f"{name}, from the Hugging Face hub or local files.")(command)
+
+
+for _name in NAMES:
+    _published(_name)
+
+
+@app.command()
+def tiny_model(
+    out: Out,
+    seed: Seed = 0,
+    steps: Annotated[int, typer.Option(help="Steps of the supervised warm start.")] = 500,
+) -> None:
+    """Build the tiny Qwen2 model of the CPU recipes and warm-start it (about a minute)."""
+    from verl_krpo.backends.tiny_model import build
+
+    build(out, seed=seed, steps=steps)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def doctor(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="What you give verl.trainer.main_ppo, after --", metavar="-- OVERRIDES")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    ray: Annotated[bool, typer.Option(help="Look into a Ray worker on every node (about 10 s).")] = True,
+) -> None:
+    """Is the plugin in force here, in a fresh process and in Ray's workers; and what would a verl job use of it?"""
+    from verl_krpo import doctor
+
+    findings = doctor.examine(overrides or [], ray=ray)
+    if as_json:
+        print(doctor.as_json(findings))
+    else:
+        doctor.show(findings)
+    raise typer.Exit(doctor.exit_status(findings))
+
+
+@app.command()
+def replay(
+    rollouts: Annotated[
+        list[Path], typer.Argument(help="Folders that trainer.rollout_data_dir named, or .jsonl files.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The HTML report.", dir_okay=False)] = Path("replay.html"),
+    krpo: Annotated[
+        list[str] | None, typer.Option("--krpo", metavar="KEY=VALUE", help="A key of algorithm.krpo for method krpo.")
+    ] = None,
+) -> None:
+    """Recompute the advantages of rollouts that a verl job wrote under grpo, rloo, krpo and krpo_adaptive."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from verl_krpo.analysis import replay_report
+    from verl_krpo.analysis.replay import replay, settings_from
+    from verl_krpo.analysis.rollouts import files
+
+    settings = settings_from(krpo or [])
+    sizes = [sum(path.stat().st_size for path in files(where)) for where in rollouts]
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    runs = []
+    with Progress(*columns, transient=True) as progress:
+        for where, size in zip(rollouts, sizes, strict=True):
+            task = progress.add_task(where.name or str(where), total=size)
+            runs.append(replay(where, settings, advance=lambda count, task=task: progress.advance(task, count)))
+    replay_report.show(runs)
+    print(f"\nreport: {replay_report.write(runs, out)}")
+
+
+@app.command()
+def curves(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that hold a metrics.jsonl of verl's file logger.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The figure, without ending; `reward` beside the first log.")
+    ] = None,
+) -> None:
+    """What runs have learned: held-out accuracy before and after, reward, seconds a step, and the reward curve."""
+    from verl_krpo.analysis.curves import show
+
+    show(runs, figure=out)
+
+
+@app.command()
+def plot(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="[NAME=]RUN...", help="Folders; one NAME for the seeds of a method.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The figure, without ending: PNG and SVG.")] = Path("plot"),
+) -> None:
+    """Training curves of several runs and seeds: reward, accuracy, entropy, gradient norm, krpo and kpo metrics."""
+    from verl_krpo.analysis.plot import show
+
+    show(runs, out)
+
+
+@app.command()
+def evaluate(
+    dumps: Annotated[
+        list[Path], typer.Argument(help="STEP.jsonl, or the folder it is in; the others are compared with the first.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="For CSV and figure; beside the first dump if not given.")
+    ] = None,
+) -> None:
+    """avg@k, pass@k and maj@k of verl's validation dumps, with intervals and paired comparisons."""
+    from verl_krpo.analysis.evaluate import show
+
+    show(dumps, out)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Time the filters against the published approach (arguments of python -m verl_krpo.bench)."""
+    from verl_krpo.bench import main as benchmark
+
+    benchmark(context.args)
+
+
+@study.command()
+def permutation(out: Out, seed: Seed = 0) -> None:
+    """How far advantages and gradient depend on the order of a group (seconds)."""
+    from verl_krpo.analysis.studies import permutation
+
+    print(permutation.run(out, seed))
+
+
+@study.command()
+def estimator(out: Out, seed: Seed = 0) -> None:
+    """Every form against GRPO, Dr.GRPO and RLOO over laws of rewards and group sizes (about a minute)."""
+    from verl_krpo.analysis.studies import estimator
+
+    print(estimator.run(out, seed))
+
+
+@study.command()
+def sensitivity(out: Out, seed: Seed = 0) -> None:
+    """Signal-to-noise and scale over a grid of Q and R (seconds)."""
+    from verl_krpo.analysis.studies import sensitivity
+
+    print(sensitivity.run(out, seed))
+
+
+@study.command()
+def adaptive(out: Out, seed: Seed = 0) -> None:
+    """krpo_adaptive against RLOO over prompts, group sizes and batch sizes (a few minutes)."""
+    from verl_krpo.analysis.studies import adaptive
+
+    print(adaptive.run(out, seed))
+
+
+def main() -> None:
+    """The entry point: what the user got wrong is one line, anything else keeps its traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        print(f"verl-krpo: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Datasets to verl parquet, one file a dataset."""

@@ -1,0 +1,18 @@
+"""AIME 2024: the 30 problems of the American Invitational Mathematics Examination I and II; answers 0 to 999."""
+
+from verl_krpo.data.source import Dataset, Problem
+
+
+def problem(record: dict) -> Problem:
+    # The papers print 033; the number is what counts.
+    return Problem(record["problem"].strip(), str(int(record["answer"])))
+
+
+DATASET = Dataset(
+    name="aime24",
+    repo="HuggingFaceH4/aime_2024",
+    splits={"test": "train"},
+    columns=("problem", "answer"),
+    problem=problem,
+    about="AIME 2024, both papers: 30 problems for evaluation (HuggingFaceH4/aime_2024).",
+)

@@ -1,0 +1,1 @@
+"""The scalar local-level Kalman model: torch only, no reward, token or verl in sight."""

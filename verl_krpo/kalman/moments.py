@@ -1,0 +1,40 @@
+"""Q and R of a local-level model by the method of moments, from the autocovariance of the first differences.
+
+d_t = z_t - z_{t-1} = w_t + v_t - v_{t-1},    E d_t^2 = Q + 2R,    E d_t d_{t+1} = -R    (Harvey 1989, section 2.4)
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Noise(NamedTuple):
+    """Q and R in squared units of the observations."""
+
+    process_var: float
+    measurement_var: float
+
+
+def from_differences(
+    observations: torch.Tensor, mask: torch.Tensor, *, smallest_ratio: float = 0.0, largest_ratio: float = 1.0
+) -> Noise | None:
+    """One Q and one R for all rows of observations (rows, tokens), mask bool; None if all differences are 0.
+
+    Only neighbouring columns that are both observed count as a difference. Q/R is kept within [smallest_ratio,
+    largest_ratio], R then being the one that explains E d_t^2. A sample of n differences knows Q/R to about
+    3 / sqrt(n): what is smaller ends at the lower bound as often as not.
+    """
+    values = torch.where(mask, observations.detach(), 0)
+    pair = mask[:, 1:] & mask[:, :-1]
+    d = torch.where(pair, values[:, 1:] - values[:, :-1], 0)
+    triple = pair[:, 1:] & pair[:, :-1]
+    sums = [d.square().sum(), pair.sum(), (d[:, 1:] * d[:, :-1]).masked_fill_(~triple, 0).sum(), triple.sum()]
+    square, pairs, product, triples = torch.stack([s.double() for s in sums]).tolist()
+    variance = square / max(1.0, pairs)
+    if variance == 0:
+        return None
+    covariance = product / max(1.0, triples)
+    ratio = (variance + 2 * covariance) / -covariance if covariance < 0 else largest_ratio
+    ratio = max(smallest_ratio, min(ratio, largest_ratio))
+    measurement_var = variance / (2 + ratio)
+    return Noise(ratio * measurement_var, measurement_var)

@@ -1,0 +1,109 @@
+"""krpo/* scalars in the trainer's log.
+
+verl gives an advantage estimator no way to report anything. So the estimator leaves its scalars here, and verl's
+`Tracking.log`, which every trainer calls once a step in the process that computes advantages, is wrapped to take them
+along: they reach console, file, tensorboard and wandb alike.
+
+    krpo/baseline_mean                   mean of b_i
+    krpo/gain_first, krpo/gain_last      mean over the groups of the filter's K_1 and K_n
+    krpo/advantage_std                   standard deviation of A_i
+    krpo/advantage_abs_first_over_last   mean |A_1| over mean |A_n|, of groups of two or more; left out where A_n = 0
+    krpo/measurement_var                 R, as it enters the scale
+    krpo/prior_mean, krpo/prior_var      mean over the groups of the m0 and P0 that were used
+    krpo/nis                             mean of (r_i - x_{i|i-1})^2 / (P_{i|i-1} + R): 1 when the model fits
+    krpo/groups, krpo/singletons         prompts, and those with a single response
+    krpo/group_size_min                  members of the smallest group
+
+Only counted rows enter. Several estimates within one step (the last 16) are averaged; `groups` and `singletons` are
+summed, and of `group_size_min` the smallest is kept. Nothing is computed before a log asks for it.
+"""
+
+import functools
+from collections import deque
+
+import torch
+
+from verl_krpo.kalman import filter as kalman
+
+_MERGE = {"krpo/groups": sum, "krpo/singletons": sum, "krpo/group_size_min": min}
+_pending: deque = deque(maxlen=16)  # (estimate, process_var); bounded, for where nothing ever logs
+
+
+def scalars(found, process_var: float) -> dict[str, float]:
+    """The metrics of one `krpo.Estimate`."""
+    groups, prior = found.groups, found.prior
+    if not len(groups.labels):
+        return {"krpo/groups": 0}
+    measurement_var, init_mean, init_var, noise_var = (
+        torch.as_tensor(value, dtype=torch.float64, device=groups.sizes.device).expand(len(groups.labels))
+        for value in prior
+    )
+    innovation, innovation_var = kalman.innovations(
+        found.rewards,
+        groups.mask,
+        process_var=process_var,
+        measurement_var=prior.measurement_var,
+        init_mean=prior.init_mean,
+        init_var=prior.init_var,
+    )
+    gain_of = 1 - measurement_var[:, None] / innovation_var
+    innovation_var = innovation_var + (noise_var - measurement_var)[:, None]
+    last = (groups.sizes - 1)[:, None]
+    gain = torch.cat([gain_of[:, :1], gain_of.gather(1, last)], dim=1)
+    size = torch.cat([found.advantage[:, :1], found.advantage.gather(1, last)], dim=1).abs() * (last > 0)
+
+    def members(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.reshape(-1) if groups.mask is None else matrix[groups.mask]
+
+    nis = members(innovation.square() / innovation_var)[members(innovation_var.isfinite())]
+    first, final = size.sum(dim=0).tolist()
+    gain_first, gain_last = gain.mean(dim=0).tolist()
+    result = {
+        "krpo/baseline_mean": members(found.baseline).mean().item(),
+        "krpo/gain_first": gain_first,
+        "krpo/gain_last": gain_last,
+        "krpo/advantage_std": members(found.advantage).std(correction=0).item(),
+        "krpo/measurement_var": noise_var[0].item(),
+        "krpo/prior_mean": init_mean.mean().item(),
+        "krpo/prior_var": init_var.mean().item(),
+        "krpo/groups": len(groups.labels),
+        "krpo/group_size_min": groups.sizes.min().item(),
+        "krpo/singletons": (last == 0).sum().item(),
+    }
+    if final > 0:
+        result["krpo/advantage_abs_first_over_last"] = first / final
+    if len(nis):
+        result["krpo/nis"] = nis.mean().item()
+    return result
+
+
+def record(found, process_var: float) -> None:
+    """Keep a `krpo.Estimate` until the next log."""
+    _pending.append((found, process_var))
+
+
+def drain() -> dict[str, float]:
+    """The metrics of what was recorded since the last call, merged."""
+    steps = [scalars(*recorded) for recorded in _pending]
+    _pending.clear()
+    keys = {key: None for step in steps for key in step}
+    return {key: _MERGE.get(key, _mean)([step[key] for step in steps if key in step]) for key in keys}
+
+
+def attach() -> None:
+    """Make verl's Tracking.log carry the recorded scalars. Calling it again changes nothing."""
+    from verl.utils.tracking import Tracking
+
+    log = Tracking.log
+    if hasattr(log, "__wrapped__"):
+        return
+
+    @functools.wraps(log)
+    def log_with_krpo(self, data, *args, **kwargs):
+        return log(self, {**data, **drain()}, *args, **kwargs)
+
+    Tracking.log = log_with_krpo
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

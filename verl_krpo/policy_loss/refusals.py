@@ -1,0 +1,43 @@
+"""Jobs in which verl would silently leave KPO out, or a setting beside it: they are refused before Ray starts."""
+
+from typing import Any
+
+LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
+CORRECTION = "algorithm.rollout_correction"
+DISTILLATION = "distillation.distillation_loss"
+
+
+def check(config: Any) -> None:
+    """ValueError if `config`, a whole verl config, asks for KPO where verl would not train with it.
+
+    Distillation: its own policy gradient knows `vanilla` only, and without task rewards the policy loss is dropped.
+    Bypass mode: with any registered loss but `bypass_mode` verl reads neither loss_type nor the corrections.
+    """
+    wanted = config.actor_rollout_ref.actor.policy_loss.loss_mode == "kpo"
+    distillation = config.get("distillation") or {}
+    distilled = distillation.get("distillation_loss") or {}
+    if distillation.get("enabled"):
+        if distilled.get("policy_loss_mode") == "kpo":
+            raise ValueError(
+                f"{DISTILLATION}.policy_loss_mode=kpo: verl's distillation loss knows vanilla only; leave it "
+                f"there and set {LOSS_MODE}=kpo, which applies to the task rewards"
+            )
+        if wanted and not distilled.get("use_task_rewards", True):
+            raise ValueError(
+                f"{DISTILLATION}.use_task_rewards=false with {LOSS_MODE}=kpo: verl drops the policy loss there "
+                f"and would train without kpo; set use_task_rewards=true, or {LOSS_MODE}=vanilla"
+            )
+
+    correction = config.algorithm.get("rollout_correction") or {}
+    if wanted and correction.get("bypass_mode"):
+        ignored = {key: correction.get(key) for key in ("rollout_is", "rollout_rs")}
+        ignored = {key: value for key, value in ignored.items() if value is not None}
+        if correction.get("loss_type", "ppo_clip") != "ppo_clip":
+            ignored["loss_type"] = correction.get("loss_type")
+        if ignored:
+            key, value = next(iter(ignored.items()))
+            raise ValueError(
+                f"{CORRECTION}.{key}={value} with bypass_mode=true and {LOSS_MODE}=kpo: verl would ignore it; remove "
+                f"it (kpo then filters the ratio to the rollout's log-probs), set bypass_mode=false, or {LOSS_MODE}="
+                f"bypass_mode, which is not kpo"
+            )

@@ -1,0 +1,1 @@
+"""Scoring functions that verl calls through custom_reward_function.path."""
