@@ -1,0 +1,129 @@
+import io
+import json
+import math
+import statistics
+
+import pytest
+from rich.console import Console
+from verl.utils.tracking import Tracking
+
+from verl_krpo.analysis import curves
+
+
+def shown(paths, figure=None, width=80):
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    drawn = curves.show(paths, figure, console)
+    return console.file.getvalue(), drawn
+
+
+def values(step):
+    data = {"critic/score/mean": 0.402 + step / 100, "timing_s/step": 2.0 + (step % 3) / 10}
+    if step % 10 == 0:
+        data["val-core/arithmetic_sums/acc/mean@1"] = 0.3 + step / 50
+        data["val-aux/arithmetic_sums/score/mean@1"] = 0.9
+    return {"val-core/arithmetic_sums/acc/mean@1": 0.25} if step == 0 else data
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run of 30 steps, written by verl's own logger."""
+    folder = tmp_path / "krpo_seed1"
+    folder.mkdir()
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(folder / "metrics.jsonl"))
+    tracking = Tracking("project", "experiment", default_backend=["file"])
+    for step in range(31):
+        tracking.log(values(step), step)
+    del tracking
+    (folder / "latest_checkpointed_iteration.txt").write_text("30")
+    return folder
+
+
+def test_reads_what_verl_logs(run):
+    read = curves.read(run)
+    assert read.name == "krpo_seed1" and read.missing() == []
+    assert read.accuracy == pytest.approx({0: 0.25, 10: 0.5, 20: 0.7, 30: 0.9})
+    assert sorted(read.reward) == sorted(read.seconds) == list(range(1, 31))
+    assert curves.mean_of(read.reward, first=True) == pytest.approx(0.402 + 5.5 / 100)
+    assert curves.mean_of(read.reward, first=False) == pytest.approx(0.402 + 25.5 / 100)
+    assert read.checkpoint == run / "global_step_30"
+
+
+def test_table_and_figure(run, tmp_path):
+    text, drawn = shown([run], tmp_path / "figures" / "reward.png")
+    row = next(line for line in text.splitlines() if line.startswith("krpo_seed1"))
+    assert [cell.strip() for cell in row.split("│")] == ["krpo_seed1", "0.25", "0.90", "0.46", "0.66", "30", "2.10"]
+    assert f"checkpoint: {run / 'global_step_30'}" in text and f"figure: {drawn}" in text
+    assert max(len(line) for line in text.splitlines() if "│" in line or "━" in line) <= 80
+    assert drawn.read_bytes().startswith(b"\x89PNG") and drawn.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def test_figure_lies_beside_the_log_unless_told(run):
+    assert shown([run])[1] == run / "reward.png"
+
+
+def test_several_runs(run, tmp_path):
+    other = tmp_path / "a_run_with_a_name_much_longer_than_the_column_that_holds_it.jsonl"
+    other.write_text((run / "metrics.jsonl").read_text())
+    text, _ = shown([run, other])
+    assert "checkpoint of krpo_seed1" in text
+    assert max(len(line) for line in text.splitlines() if "│" in line) <= 80
+
+
+def test_seeds_of_one_method_have_a_mean_and_a_spread(run, tmp_path):
+    seed2 = tmp_path / "krpo_seed2"
+    seed2.mkdir()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[-1]["data"]["val-core/arithmetic_sums/acc/mean@1"] = 0.7  # 0.9 in the first
+    (seed2 / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, _ = shown([run, seed2])
+    (row,) = (line for line in text.splitlines() if line.startswith("krpo "))
+    # mean and standard deviation (n - 1) of 0.9 and 0.7
+    assert [cell.strip() for cell in row.split("│")][:4] == ["krpo", "2", "0.25 ±0.00", "0.80 ±0.14"]
+    assert "krpo " not in shown([run])[0]
+
+
+def test_missing_metrics_are_named(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps({"step": s, "data": {"critic/score/mean": 0.5}}) + "\n" for s in range(1, 4)))
+    text, drawn = shown([log])
+    assert "the log holds no timing_s/step" in text and "the log holds no val-core/*/acc/*" in text
+    assert drawn.exists()
+
+
+def test_validation_only(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(json.dumps({"step": 0, "data": {"val-core/a/acc/mean@4": 0.2, "val-core/b/acc/mean@4": 0.4}}) + "\n")
+    assert curves.read(log).accuracy == {0: pytest.approx(0.3)}
+    text, drawn = shown([log])
+    assert "validated once only" in text and "no critic/score/mean" in text and drawn.exists()
+
+
+def test_half_a_line_at_the_end_is_a_killed_run(run):
+    log = run / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])
+    assert max(curves.read(run).reward) == 29
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="VERL_FILE_LOGGER_PATH"):
+        curves.read(tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"loss": 1}\n{"step": 1, "data": {}}\n')
+    with pytest.raises(ValueError, match="line 1 is not one of verl's file logger"):
+        curves.read(log)
+    log.write_text('{"step": 1, "data": {"actor/loss": 1.0}}\n')
+    with pytest.raises(ValueError, match="has the first step ended"):
+        curves.read(log)
+    with pytest.raises(ValueError, match="at least one run"):
+        curves.show([])
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 50])
+def test_smoothed(count):
+    series = [math.sin(i) for i in range(count)]
+    assert curves.smoothed(series, window=1) == pytest.approx(series)
+    level = curves.smoothed([0.7] * count)
+    assert level == pytest.approx([0.7] * count)
+    middle = count // 2
+    window = series[max(0, middle - 5) : middle + 6]
+    assert curves.smoothed(series)[middle] == pytest.approx(statistics.fmean(window))

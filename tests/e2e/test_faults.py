@@ -1,0 +1,219 @@
+"""Killed trainers, ranks and nodes, and what is left: real verl jobs on CPUs through the run directory's wrapper."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from verl_krpo import run_dir
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ["--config-path", str(ROOT / "recipes/config"), "--config-name", "arithmetic_cpu"]
+SMALL = [
+    "data.train_batch_size=8",
+    "data.max_response_length=16",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+    "actor_rollout_ref.rollout.n=4",
+    "trainer.logger=[console,file]",
+    "trainer.val_before_train=false",
+    "trainer.test_freq=-1",
+]
+
+
+@pytest.fixture
+def start(job_inputs, tmp_path):
+    """start(*overrides, **environment) -> a Popen of the wrapper, as the recipes call it, in tmp_path / "run"."""
+    folder, started = tmp_path / "run", []
+
+    def begun(*overrides: str, **environment: str) -> subprocess.Popen:
+        ours = {"VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl")}
+        job = [sys.executable, "-m", "verl.trainer.main_ppo", *CONFIG, *job_inputs, *SMALL]
+        job += [f"trainer.default_local_dir={folder}", *overrides]
+        inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        wrapper = [sys.executable, "-m", "verl_krpo.run_dir", str(folder), *job]
+        with open(tmp_path / "output.txt", "a") as output:
+            started.append(
+                subprocess.Popen(
+                    wrapper,
+                    env=inherited | ours | environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=tmp_path,
+                )
+            )
+        return started[-1]
+
+    yield begun
+    for process in started:
+        if process.poll() is None:
+            below = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            psutil.wait_procs(below, timeout=30)
+            for other in below:
+                if other.is_running():
+                    other.kill()
+            process.wait(30)
+
+
+def wait_for_step(wrapper: subprocess.Popen, folder: Path, step: int, seconds: float = 240) -> None:
+    """Until verl has logged this step; a failure of the test when the job ends or takes longer."""
+    deadline = time.monotonic() + seconds
+    while step not in run_dir.metrics(folder):
+        assert wrapper.poll() is None and time.monotonic() < deadline, tail(folder)
+        time.sleep(0.1)
+
+
+def tail(folder: Path) -> str:
+    log = folder / "log.txt"
+    return log.read_text(errors="replace")[-6000:] if log.exists() else "no log"
+
+
+def child(wrapper: subprocess.Popen, name: str) -> psutil.Process:
+    """The one process below the wrapper with this in its command line."""
+    found = psutil.Process(wrapper.pid).children(recursive=True)
+    (process,) = [p for p in found if name in " ".join(p.cmdline())]
+    return process
+
+
+def test_a_killed_trainer_resumes_at_the_saved_step_and_ends_with_the_same_steps(start, tmp_path):
+    folder, steps = tmp_path / "run", ["trainer.total_training_steps=6", "trainer.save_freq=2"]
+    wrapper = start(*steps)
+    wait_for_step(wrapper, folder, 3)
+    child(wrapper, "verl.trainer.main_ppo").kill()
+    assert wrapper.wait(120) == 128 + signal.SIGKILL
+    saved = run_dir.saved_step(folder)
+    assert saved in (2, 4)
+
+    wrapper = start(*steps)
+    assert wrapper.wait(300) == 0, tail(folder)
+    attempts = [json.loads(line) for line in (folder / "attempts.jsonl").read_text().splitlines()]
+    assert [line.get("resumes_from") for line in attempts] == [0, None, saved, None]
+    assert [line.get("status") for line in attempts] == [None, -9, None, 0]
+    assert f"setting global step to {saved}" in (folder / "log.txt").read_text()
+    metrics = run_dir.metrics(folder)
+    assert sorted(metrics) == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(data["actor/pg_loss"]) for data in metrics.values())
+    assert [metrics[step]["training/global_step"] for step in sorted(metrics)] == [1, 2, 3, 4, 5, 6]
+    assert run_dir.saved_step(folder) == 6
+    assert (folder / ".hydra/config.yaml").exists() and (folder / "log.1.txt").exists()
+
+    wrapper = start(*steps)  # a third time: there is nothing left to do
+    assert wrapper.wait(60) == 0
+    assert "finished at step 6" in (tmp_path / "output.txt").read_text()
+
+
+def test_a_lost_trainer_rank_ends_the_job_with_a_reason(start, tmp_path):
+    folder = tmp_path / "run"
+    wrapper = start("trainer.total_training_steps=1000", "trainer.save_freq=-1")
+    wait_for_step(wrapper, folder, 1)
+    child(wrapper, "ray::WorkerDict").kill()
+    assert wrapper.wait(120) not in (0, None)
+    assert "ActorDiedError" in tail(folder) or "ActorUnavailableError" in tail(folder)
+    assert json.loads((folder / "attempts.jsonl").read_text().splitlines()[-1])["status"] != 0
+
+
+def test_a_llama_trains_on_two_ranks(start, tmp_path):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from verl_krpo.backends import tiny_model
+
+    tokenizer = tiny_model.tokenizer()
+    ends = {"bos_token_id": None, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, dtype="float32", **sizes, **ends)
+    )
+    model.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    two = ["trainer.n_gpus_per_node=2", f"actor_rollout_ref.model.path={tmp_path}/llama"]
+    wrapper = start("trainer.total_training_steps=2", "trainer.save_freq=2", *two)
+    assert wrapper.wait(300) == 0, tail(tmp_path / "run")
+    metrics = run_dir.metrics(tmp_path / "run")
+    assert sorted(metrics) == [1, 2]
+    assert all(data["training/rollout_probs_diff_max"] < 1e-5 for data in metrics.values())
+    shards = sorted(path.name for path in (tmp_path / "run/global_step_2/actor").glob("model_world_size_2_rank_*.pt"))
+    assert shards == ["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"]
+
+
+@pytest.fixture
+def cluster(tmp_path_factory):
+    """Two Ray nodes on loopback, by the scripts: (environment of a job there, the head's process, the other's)."""
+    folder = tmp_path_factory.mktemp("ray")
+    ports = iter(free_ports(12))
+    port = next(ports)
+    common = ["--num-cpus=8", "--num-gpus=1", "--object-store-memory=300000000"]
+
+    def node(script: str, ip: str, *options: str) -> subprocess.Popen:
+        names = ("node-manager-port", "object-manager-port", "dashboard-agent-listen-port", "metrics-export-port")
+        options = [*options, *common, *(f"--{name}={next(ports)}" for name in names)]
+        environment = os.environ | {"PYTHON": sys.executable, "NODE_IP": ip, "PORT": str(port), "VERL_PLATFORM": "cpu"}
+        environment |= {"OMP_NUM_THREADS": "1"}
+        with open(folder / f"{script}.txt", "w") as output:
+            command = ["bash", ROOT / "scripts" / script, *options]
+            return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+
+    head = node("ray_head.sh", "127.0.0.2", "--include-dashboard=false", f"--ray-client-server-port={next(ports)}")
+    worker = node("ray_worker.sh", "127.0.0.3", f"127.0.0.2:{port}")
+    # Ray makes a path for sockets below its temp dir, which must stay short: so the default, /tmp/ray.
+    yield {"RAY_ADDRESS": f"127.0.0.2:{port}", "RAY_AUTH_MODE": "token"}, head, worker
+    for process in (worker, head):
+        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for other in below:
+            if other.is_running():
+                other.kill()
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def test_two_ray_nodes_train_and_a_lost_node_ends_the_job(start, cluster, job_inputs, tmp_path):
+    environment, _, worker = cluster
+    two = ["trainer.nnodes=2", "trainer.n_gpus_per_node=1", "trainer.total_training_steps=1000", "trainer.save_freq=-1"]
+    # A running cluster does not inherit this process's environment.
+    logged = tmp_path / "run/metrics.jsonl"
+    two += [f"+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH={logged}"]
+
+    deadline = time.monotonic() + 120
+    while True:  # the preflight itself waits for nodes, but needs a head that answers
+        done = subprocess.run(
+            [sys.executable, "-m", "verl_krpo.preflight", *CONFIG, *job_inputs, *SMALL, *two],
+            env=os.environ | environment | {"VERL_PLATFORM": "cpu"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if done.returncode == 0:
+            break
+        assert time.monotonic() < deadline, done.stderr
+
+    wrapper = start(*two, **environment)
+    wait_for_step(wrapper, tmp_path / "run", 2)
+    for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
+        process.kill()  # the whole node: raylet, agents, ranks
+    assert wrapper.wait(180) not in (0, None)
+    assert "died" in tail(tmp_path / "run").lower()

@@ -1,0 +1,101 @@
+"""Real verl jobs with KPO: several updates a batch, so that the ratios leave 1."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+ACTOR = "actor_rollout_ref.actor"
+KPO = f"+actor@{ACTOR}.policy_loss=kpo"
+# Four updates a batch; on sixteen tokens the published Q would do nothing that shows.
+JOB = [
+    "data.train_batch_size=8",
+    "data.max_prompt_length=32",
+    "data.max_response_length=16",
+    f"{ACTOR}.ppo_mini_batch_size=2",
+    "actor_rollout_ref.rollout.n=4",
+    "trainer.logger=[console,file]",
+    "trainer.total_training_steps=3",
+    "trainer.test_freq=-1",
+    "trainer.val_before_train=False",
+]
+FILTERED = [KPO, f"{ACTOR}.policy_loss.kpo.process_var=1e-3"]
+METRICS = {
+    "actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl",
+    "actor/kpo_ratio_std_raw", "actor/kpo_ratio_std_filtered", "actor/kpo_ratio_max_raw",
+    "actor/kpo_logratio_abs_mean_raw", "actor/kpo_logratio_abs_mean_filtered",
+    "actor/kpo_gain_last", "actor/kpo_measurement_var", "actor/kpo_innovation_clipfrac",
+    "actor/kpo_switch_raw", "actor/kpo_switch_filtered",
+}  # fmt: skip
+
+
+def check(job, steps=3):
+    assert len(job.steps()) == steps
+    for metrics in job.steps():
+        assert set(metrics) >= METRICS
+        assert math.isfinite(metrics["actor/pg_loss"]) and 0 < metrics["actor/grad_norm"] < 1e4
+        assert 0 < metrics["actor/kpo_ratio_std_filtered"] < metrics["actor/kpo_ratio_std_raw"]
+        assert metrics["actor/kpo_ratio_max_raw"] > 1
+
+
+def test_one_key_each_trains_with_krpo_and_kpo(verl_job):
+    """A plain verl command line and two keys, everything else published."""
+    job = verl_job(*JOB, "algorithm.adv_estimator=krpo", f"{ACTOR}.policy_loss.loss_mode=kpo")
+    check(job)
+    assert all("krpo/gain_last" in metrics for metrics in job.steps())
+
+
+def test_several_turns_with_a_tool(verl_job):
+    """verl's own tool agent: what the tool answers is masked, a hole between the turns; every variant on at once."""
+    job = verl_job(
+        *JOB,
+        *FILTERED,
+        "algorithm.adv_estimator=grpo",
+        f"{ACTOR}.policy_loss.kpo.gain=steady",
+        f"{ACTOR}.policy_loss.kpo.measurement_var=batch",
+        f"{ACTOR}.policy_loss.kpo.innovation_clip=3",
+        "data.max_response_length=64",
+        "actor_rollout_ref.rollout.agent.default_agent_loop=tool_agent",
+        "actor_rollout_ref.rollout.multi_turn.enable=True",
+        "actor_rollout_ref.rollout.multi_turn.format=everything",
+        "actor_rollout_ref.rollout.multi_turn.max_assistant_turns=3",
+        f"actor_rollout_ref.rollout.multi_turn.function_tool_path={Path(__file__).with_name('calculator.py')}",
+    )
+    check(job)
+    for metrics in job.steps():
+        assert metrics["num_turns/mean"] > 2
+        assert metrics["actor/kpo_measurement_var"] < 1
+
+
+CORRECTED = "actor_rollout_ref.rollout.calculate_log_probs=True"
+BESIDE = {
+    "bypass_mode": [CORRECTED, "algorithm.rollout_correction.bypass_mode=True"],
+    "token weights": [CORRECTED, "algorithm.rollout_correction.rollout_is=token"],
+    "sequence weights and rejection": [
+        CORRECTED,
+        "algorithm.rollout_correction.rollout_is=sequence",
+        "algorithm.rollout_correction.rollout_rs=token_k1",
+        "algorithm.rollout_correction.rollout_rs_threshold='0.5_2.0'",
+    ],
+    "dynamic batch sizes on two ranks": [
+        "trainer.n_gpus_per_node=2",
+        f"{ACTOR}.use_dynamic_bsz=True",
+        f"{ACTOR}.ppo_max_token_len_per_gpu=64",
+        "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True",
+        "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=64",
+    ],
+    "LoRA": [
+        "actor_rollout_ref.model.lora_rank=8",
+        "actor_rollout_ref.model.lora_alpha=16",
+        "actor_rollout_ref.model.lora.merge=True",
+    ],
+}
+
+
+@pytest.mark.skipif(os.environ.get("VERL_KRPO_E2E") != "all", reason="a minute each: set VERL_KRPO_E2E=all")
+@pytest.mark.parametrize("feature", BESIDE)
+def test_beside_verls_features(verl_job, feature):
+    check(verl_job(*JOB, *FILTERED, "algorithm.adv_estimator=grpo", *BESIDE[feature]))

@@ -1,0 +1,125 @@
+import pytest
+from verl.utils.import_utils import load_extern_object
+
+from verl_krpo.reward import math as reward
+
+RIGHT, WRONG, NONE = (1.0, 1.0), (0.0, 1.0), (0.0, 0.0)  # (score, format)
+
+# (response, ground truth, (score, format))
+ANSWERS = [
+    # where the answer stands
+    ("So \\boxed{46}.", "46", RIGHT),
+    ("$\\boxed{46}$", "46", RIGHT),
+    ("#### 46", "46", RIGHT),
+    ("a\n#### 46\nmore", "46", RIGHT),
+    ("#### 1\n#### 46", "46", RIGHT),
+    ("<answer>46</answer>", "46", RIGHT),
+    ("<think>\\boxed{1}</think><answer>46</answer>", "46", RIGHT),
+    ("<answer> 46 </answer>", "46", RIGHT),
+    ("<answer>$\\boxed{46}$</answer>", "46", RIGHT),
+    ("<answer>1</answer> no, <answer>46</answer>", "46", RIGHT),
+    ("\\boxed{1} no, \\boxed{46}", "46", RIGHT),
+    ("\\boxed{46} no, \\boxed{1}", "46", WRONG),
+    ("\\boxed{\\boxed{46}}", "46", RIGHT),
+    ("\\boxed{ 46 }", "46", RIGHT),
+    ("\\boxed 46", "46", RIGHT),
+    ("\\fbox{46}", "46", RIGHT),
+    ("\\boxed{46} and so \\boxed{4", "46", RIGHT),
+    ("<answer>46", "46", NONE),
+    ("\\boxed{46", "46", NONE),
+    ("46", "46", NONE),
+    ("", "46", NONE),
+    ("The answer is 46.", "46", NONE),
+    ("\\boxed{}", "46", WRONG),
+    ("<answer></answer>", "46", WRONG),
+    ("####", "46", WRONG),
+    ("</answer>46<answer>", "46", NONE),
+    # numbers
+    ("\\boxed{1,000}", "1000", RIGHT),
+    ("\\boxed{1{,}000}", "1000", RIGHT),
+    ("#### 1,234,567", "1234567", RIGHT),
+    ("#### $1,000", "1000", RIGHT),
+    ("\\boxed{46.0}", "46", RIGHT),
+    ("\\boxed{046}", "46", RIGHT),
+    ("\\boxed{.5}", "0.5", RIGHT),
+    ("\\boxed{46.}", "46", RIGHT),
+    ("\\boxed{\u22125}", "-5", RIGHT),
+    ("\\boxed{-5}", "5", WRONG),
+    ("\\boxed{5}", "-5", WRONG),
+    ("\\boxed{+5}", "5", RIGHT),
+    ("\\boxed{2^{10}}", "1024", RIGHT),
+    ("\\boxed{" + "9" * 900 + "}", "9" * 900, RIGHT),
+    ("\\boxed{0.3333}", "\\frac{1}{3}", WRONG),
+    ("\\boxed{3.14159}", "\\pi", WRONG),
+    # fractions and roots
+    ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}", RIGHT),
+    ("\\boxed{\\frac12}", "\\frac{1}{2}", RIGHT),
+    ("\\boxed{\\dfrac{1}{2}}", "0.5", RIGHT),
+    ("\\boxed{1/2}", "\\frac{1}{2}", RIGHT),
+    ("\\boxed{\\frac{2}{4}}", "\\frac{1}{2}", RIGHT),
+    ("\\boxed{-\\frac{1}{2}}", "\\frac{-1}{2}", RIGHT),
+    ("\\boxed{3\\frac{1}{2}}", "\\frac{7}{2}", RIGHT),
+    ("\\boxed{\\frac{1}{3}}", "\\frac{1}{2}", WRONG),
+    ("\\boxed{\\sqrt{8}}", "2\\sqrt{2}", RIGHT),
+    ("\\boxed{2\\sqrt2}", "2\\sqrt{2}", RIGHT),
+    # units and words
+    ("\\boxed{10\\text{ cm}}", "10", RIGHT),
+    ("\\boxed{10 cm}", "10", RIGHT),
+    ("\\boxed{\\$10}", "10", RIGHT),
+    ("\\boxed{10^\\circ}", "10", RIGHT),
+    ("\\boxed{\\frac{3}{4}\\text{ cups}}", "\\frac34", RIGHT),
+    ("\\boxed{50\\%}", "50\\%", RIGHT),
+    ("\\boxed{x = 5}", "5", RIGHT),
+    ("\\boxed{\\text{even}}", "\\text{even}", RIGHT),
+    ("\\boxed{\\text{odd}}", "\\text{even}", WRONG),
+    ("\\boxed{(A)}", "A", RIGHT),
+    ("\\boxed{B}", "A", WRONG),
+    # tuples, sets, intervals, expressions
+    ("\\boxed{(1,2)}", "(1, 2)", RIGHT),
+    ("\\boxed{(2,1)}", "(1,2)", WRONG),
+    ("\\boxed{\\{2,1\\}}", "\\{1,2\\}", RIGHT),
+    ("\\boxed{\\left\\{1,2\\right\\}}", "\\{1,2\\}", RIGHT),
+    ("\\boxed{6\\text{ or }7}", "6,7", RIGHT),
+    ("\\boxed{[0,1]}", "[0, 1]", RIGHT),
+    ("\\boxed{(0,1)}", "[0,1]", WRONG),
+    ("\\boxed{x^2+2x+1}", "(x+1)^2", RIGHT),
+    ("\\boxed{q - p}", "p - q", WRONG),
+    ("\\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", RIGHT),
+    # hostile
+    ("\\boxed{" + "9" * 100_000 + "}", "46", WRONG),
+    ("x" * 100_000 + "\\boxed{46}", "46", RIGHT),
+    ("\\boxed{" * 15_000, "46", NONE),
+    ("\\boxed{" * 15_000 + "}" * 15_000, "46", WRONG),
+    ("{" * 100_000, "46", NONE),
+    ("<answer>" * 12_500, "46", NONE),
+    ("#" * 100_000, "46", WRONG),
+    ("\\boxed{10^{10^{10}}}", "46", WRONG),
+    ("\\boxed{\\frac{1}{0}}", "46", WRONG),
+    ("\\boxed{\x00}", "46", WRONG),
+    ("\\boxed{\U0001d7d2\U0001d7d4 apples \u2603}", "7", WRONG),
+    ("\\boxed{" + "(" * 40 + "46}", "47", WRONG),
+]
+
+# math-verify's own limits are 5 s for parsing either side and 5 s for each comparison; the rest is a loaded machine.
+BOUND_SECONDS = 60
+
+
+@pytest.mark.timeout(BOUND_SECONDS)
+@pytest.mark.parametrize(("response", "truth", "expected"), ANSWERS, ids=[str(i) for i in range(len(ANSWERS))])
+def test_answers(response, truth, expected):
+    result = reward.compute_score("math", response, truth)
+    assert (result["score"], result["format"]) == expected
+    assert result["acc"] == result["score"] and result["source"] == "math"
+
+
+def test_verl_loads_the_file_by_path():
+    compute_score = load_extern_object(reward.__file__, "compute_score")
+    result = compute_score(
+        data_source="aime24", solution_str="\\boxed{204}", ground_truth="204", extra_info={}, reward_router_address=None
+    )
+    assert result == {"score": 1.0, "acc": 1.0, "format": 1.0, "pred": "204", "source": "aime24"}
+
+
+def test_an_empty_ground_truth_is_an_error():
+    with pytest.raises(ValueError, match="ground truth is empty"):
+        reward.compute_score("math", "\\boxed{1}", " ")

@@ -1,0 +1,80 @@
+"""The public keys: defaults, ranges, words, and the errors a user meets."""
+
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
+
+
+def test_defaults_are_the_published_ones():
+    assert dataclasses.asdict(KrpoConfig()) == {
+        "process_var": 1e-5,
+        "measurement_var": 1e-2,
+        "init_mean": 0.0,
+        "init_var": 1.0,
+        "epsilon": 1e-8,
+        "order": "shuffled",
+        "baseline": "causal",
+        "scale": "filter_std",
+    }
+    assert dataclasses.asdict(KpoConfig()) == {
+        "process_var": 1e-6,
+        "measurement_var": 1.0,
+        "init_var": 0.0,
+        "clip": True,
+        "gain": "scheduled",
+        "innovation_clip": None,
+        "ratio_log_max": 10.0,
+    }
+
+
+def test_no_node_gives_the_defaults():
+    assert read(KrpoConfig, None, KRPO_AT) == KrpoConfig()
+    assert read(KpoConfig, OmegaConf.create({}), KPO_AT) == KpoConfig()
+
+
+def test_yaml_numbers_and_words_are_typed():
+    config = read(
+        KrpoConfig, OmegaConf.create("{process_var: 0, measurement_var: batch, init_mean: 1, order: arrival}"), KRPO_AT
+    )
+    assert (config.process_var, config.measurement_var, config.init_mean) == (0.0, "batch", 1)
+    assert config.order == "arrival"
+
+
+@pytest.mark.parametrize(
+    ("cls", "at", "key", "value"),
+    [
+        (KrpoConfig, KRPO_AT, "process_var", -1.0),
+        (KrpoConfig, KRPO_AT, "process_var", float("nan")),
+        (KrpoConfig, KRPO_AT, "process_var", "batch"),
+        (KrpoConfig, KRPO_AT, "measurement_var", 0.0),
+        (KrpoConfig, KRPO_AT, "measurement_var", "group"),
+        (KrpoConfig, KRPO_AT, "init_mean", float("inf")),
+        (KrpoConfig, KRPO_AT, "init_var", -1e-9),
+        (KrpoConfig, KRPO_AT, "epsilon", -1.0),
+        (KrpoConfig, KRPO_AT, "order", "sorted"),
+        (KrpoConfig, KRPO_AT, "baseline", "median"),
+        (KrpoConfig, KRPO_AT, "scale", "std"),
+        (KrpoConfig, KRPO_AT, "proces_var", 1.0),
+        (KpoConfig, KPO_AT, "process_var", -1.0),
+        (KpoConfig, KPO_AT, "measurement_var", 0),
+        (KpoConfig, KPO_AT, "measurement_var", "rows"),
+        (KpoConfig, KPO_AT, "init_var", float("nan")),
+        (KpoConfig, KPO_AT, "clip", "maybe"),
+        (KpoConfig, KPO_AT, "gain", "constant"),
+        (KpoConfig, KPO_AT, "innovation_clip", 0.0),
+        (KpoConfig, KPO_AT, "ratio_log_max", -1.0),
+        (KpoConfig, KPO_AT, "clip_low", 0.1),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(cls, at, key, value):
+    with pytest.raises(ValueError, match=rf"{at}\.{key}") as error:
+        read(cls, {key: value}, at)
+    assert key in str(error.value) and ("Key" in str(error.value) or str(value) in str(error.value))
+
+
+def test_an_unknown_word_lists_the_words():
+    with pytest.raises(ValueError, match="shuffled, arrival"):
+        read(KrpoConfig, {"order": "sorted"}, KRPO_AT)

@@ -1,0 +1,185 @@
+"""The documentation keeps its word: shell blocks run, keys exist, metrics are all named, the site builds."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from verl_krpo.advantage import krpo
+from verl_krpo.config import KpoConfig, KrpoConfig
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md")) + [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+CONFIGS = {"algorithm.krpo": KrpoConfig, "policy_loss.kpo": KpoConfig}
+CPU_JOB = """#!/usr/bin/env bash
+exec python -m verl_krpo.check algorithm.adv_estimator=grpo data.train_batch_size=32 trainer.n_gpus_per_node=1 \
+    actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n=8 \
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 actor_rollout_ref.actor.ppo_mini_batch_size=8 \
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4 "$@"
+"""
+
+
+def blocks(page):
+    return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def bash(script, cwd, timeout, **env):
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{script}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    """A user's environment, checkout and folder of a job: verl and all it needs is there, without this package."""
+    folder = tmp_path_factory.mktemp("user")
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    binaries = folder / "venv" / "bin"
+    command = [binaries / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.check_output(command, text=True).strip())
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "verl_krpo" not in entry.name and not (site / entry.name).exists():
+            (site / entry.name).symlink_to(entry)
+    # A checkout of its own, so that building it leaves nothing behind here.
+    source = folder / "checkout"
+    shutil.copytree(ROOT / "verl_krpo", source / "verl_krpo", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = binaries / "pip"
+    pip.write_text(f'#!/bin/sh\nexec "{binaries}/python" -m pip --disable-pip-version-check "$@"\n')
+    pip.chmod(0o755)
+    (folder / "work").mkdir()
+    (folder / "work" / "your_job.sh").write_text(CPU_JOB)
+    return folder
+
+
+@pytest.mark.e2e
+def test_every_block_of_add_it_to_your_job_runs_in_a_users_environment(user):
+    env = {"PATH": f"{user / 'venv' / 'bin'}:{os.environ['PATH']}", "RAY_ADDRESS": "local", "PYTHONPATH": ""}
+    install, *rest = blocks(DOCS / "add_to_your_job.md")
+    said = [bash(install, user / "checkout", 300, **env)]
+    assert "Successfully installed verl-krpo" in said[0]
+    said += [bash(block, user / "work", 300, **env) for block in rest]
+    assert len(said) >= 8
+    assert "in force" in said[1]
+    assert "algorithm.krpo.process_var = 1e-05" in said[2]
+    assert "policy_loss.kpo.process_var = 1e-06" in said[3]
+    assert "algorithm.krpo.order = shuffled" in said[4]
+    for value in ("measurement_var = 0.05", "baseline = leave_one_out", "kpo.process_var = 0.0001"):
+        assert value in said[5]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("block", blocks(DOCS / "quickstart.md"))
+def test_every_block_of_the_quickstart_runs(block, tmp_path):
+    """As it stands there, made short from outside: two steps of training, one test of the suite."""
+    env = {"STEPS": "2", "RUN_DIR": str(tmp_path / "run"), "RAY_ADDRESS": "local"}
+    env["PYTEST_ADDOPTS"] = "-k test_defaults_are_the_published_ones"
+    env["VIRTUAL_ENV"] = sys.prefix
+    said = bash(block, ROOT, 600, **env)
+    assert "1 passed" in said if "test.sh" in block else (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_readme_and_the_quickstart_agree_on_the_two_commands():
+    readme = [line.split(" #")[0].strip() for block in blocks(ROOT / "README.md") for line in block.splitlines()]
+    first = [block.strip() for block in blocks(DOCS / "quickstart.md")[:2]]
+    assert first == ["bash recipes/run_krpo_cpu.sh", "bash scripts/test.sh"]
+    assert set(first) <= set(readme)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_key_that_a_page_names_exists(page):
+    for at, cls in CONFIGS.items():
+        keys = set(re.findall(rf"(?<!verl_krpo\.){re.escape(at)}\.([a-z_]+)", page.read_text()))
+        assert keys <= set(cls.__dataclass_fields__), f"{page.name}: no such keys of {at}"
+
+
+@pytest.mark.parametrize(("at", "cls"), CONFIGS.items(), ids=CONFIGS)
+def test_every_key_has_its_row_and_default_in_configuration(at, cls):
+    section = next(
+        part
+        for part in (DOCS / "configuration.md").read_text().split("\n## ")
+        if part.startswith("`") and at in part[:60]
+    )
+    rows = {cells[0].strip("` "): [cell.strip() for cell in cells[1:]] for cells in table(section)}
+    assert set(rows) == set(cls.__dataclass_fields__)
+    presets = [cls()] if cls is KpoConfig else [cls(), krpo.ADAPTIVE]
+    for column, preset in enumerate(presets):
+        for key, value in dataclasses.asdict(preset).items():
+            assert same(rows[key][column], getattr(value, "value", value)), (key, rows[key][column], value)
+
+
+def table(section):
+    lines = [line for line in section.splitlines() if line.startswith("| `")]
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
+def same(written, value):
+    if value is None or isinstance(value, bool):
+        return written == {None: "null", True: "true", False: "false"}[value]
+    return float(written) == value if isinstance(value, int | float) else written == value
+
+
+def test_every_metric_is_in_the_glossary():
+    from types import SimpleNamespace
+
+    from verl_krpo import metrics
+    from verl_krpo.policy_loss import kpo
+
+    rewards, index = torch.tensor([1.0, 0, 0, 1, 1]), ["a", "a", "b", "b", "c"]
+    logged = set(metrics.scalars(krpo.estimate(rewards, index, KrpoConfig()), 1e-5))
+    config = SimpleNamespace(policy_loss={}, clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
+    config.global_batch_info = {}
+    ones = torch.ones(2, 3)
+    logged |= set(kpo.compute_policy_loss(-ones, -ones, ones, ones.bool(), config=config)[1])
+    named = set(re.findall(r"`((?:krpo|actor)/[a-z_]+)`", (DOCS / "metrics.md").read_text()))
+    assert named == logged
+
+
+def test_the_exit_statuses_are_those_of_doctor():
+    from verl_krpo import doctor
+
+    codes = {
+        doctor.NOT_INSTALLED,
+        doctor.BROKEN,
+        doctor.HIDDEN,
+        doctor.WRONG_VERL,
+        doctor.WRONG_JOB,
+        doctor.NOT_IN_WORKER,
+    }
+    written = {int(code) for code in re.findall(r"^\| (\d+) \|", (DOCS / "tools.md").read_text(), re.MULTILINE)}
+    assert written == codes | {0}
+    for code in codes:
+        assert str(code) in doctor.__doc__
+
+
+def test_the_compatibility_table_has_every_tested_version():
+    from verl_krpo.versions import VERL
+
+    rows = re.findall(r"^\| (\d+\.\d+\.\d+) \| .*$", (DOCS / "compatibility.md").read_text(), re.MULTILINE)
+    assert tuple(rows) == VERL
+    assert "**no**" not in (DOCS / "compatibility.md").read_text()
+
+
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="the site needs verl-krpo[docs]")
+def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
+    env = {"NO_MKDOCS_2_WARNING": "1"}
+    bash(f"'{sys.executable}' -m mkdocs build --strict --site-dir '{tmp_path / 'site'}'", ROOT, 120, **env)
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 15
+    for page in pages:
+        text = page.read_text()
+        assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?://', text), page
+        assert "arithmatex" not in text and "merror" not in text, page
+    assert (tmp_path / "site" / "index.html").read_text().count("<math") >= 6

@@ -1,0 +1,53 @@
+"""The wheel: complete, and harmless in an environment that already has verl."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "verl_krpo", source / "verl_krpo", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("verl_krpo-*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_module_and_the_entry_points(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (entry_points,) = (archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "verl_krpo").rglob("*.py")}
+    assert modules <= names and "verl_krpo/py.typed" in names
+    assert "[verl.plugins]\nverl_krpo = verl_krpo.plugin" in entry_points
+    assert "verl-krpo = verl_krpo.cli:main" in entry_points
+
+
+def test_installing_it_beside_verl_changes_no_other_package(wheel, tmp_path):
+    report = tmp_path / "report.json"
+    install = ["install", "--dry-run", "--quiet", "--force-reinstall", "--no-deps", "--report", str(report), str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True, timeout=240)
+    (ours,) = json.loads(report.read_text())["install"]
+    requires = ours["metadata"]["requires_dist"]
+    assert [needed for needed in requires if "extra ==" not in needed] == ["verl>=0.7"]
+
+    # With verl there, resolving that one need brings nothing in.
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", str(report), "verl>=0.7"],
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    assert json.loads(report.read_text())["install"] == []
