@@ -40,6 +40,8 @@ def job(tmp_path):
 def test_a_killed_job_resumes_and_its_metrics_are_joined(job, tmp_path, capfd):
     folder, command = tmp_path / "run", job(6, 2, 6)
     assert run_dir.run(folder, command) == 128 + signal.SIGKILL
+    said = f"{folder}: the job ended with status -9 after step 5; {folder}/log.txt has the reason; "
+    assert capfd.readouterr().err == said + "the same command goes on from step 4\n"
     assert sorted(run_dir.metrics(folder)) == [0, 1, 2, 3, 4, 5]
     assert run_dir.run(folder, command) == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

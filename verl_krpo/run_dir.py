@@ -34,8 +34,8 @@ def run(run_dir: str | os.PathLike, command: list[str], log: bool = True) -> int
     """Run one attempt of `command` in `run_dir` and return its exit status; 0 at once where it has ended well before.
 
     Output goes to the terminal and, with `log`, to log.txt too. SIGTERM and Ctrl-C are passed on to the command and
-    what it started. ValueError where
-    another command has ended well in `run_dir`: a directory is one run.
+    what it started. A command that fails is followed by one line on stderr that says where it stopped and what goes on
+    from there. ValueError where another command has ended well in `run_dir`: a directory is one run.
     """
     run_dir = Path(run_dir)
     done = finished(run_dir)
@@ -61,6 +61,14 @@ def run(run_dir: str | os.PathLike, command: list[str], log: bool = True) -> int
                 sys.stdout.flush()
     status = job.wait()
     end(run_dir, status)
+    if status:
+        step = max(metrics(run_dir), default=0)
+        reason = f"; {run_dir / LOG} has the reason" if log else ""
+        print(
+            f"{run_dir}: the job ended with status {status} after step {step}{reason}; "
+            f"the same command goes on from step {saved_step(run_dir)}",
+            file=sys.stderr,
+        )
     return status if status >= 0 else 128 - status
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,6 +29,8 @@ SMALL = [
     "trainer.val_before_train=false",
     "trainer.test_freq=-1",
 ]
+
+LOST = {"ActorDiedError", "ActorUnavailableError", "NodeDiedError", "OwnerDiedError", "WorkerCrashedError"}
 
 
 @pytest.fixture
@@ -78,6 +81,12 @@ def tail(folder: Path) -> str:
     return log.read_text(errors="replace")[-6000:] if log.exists() else "no log"
 
 
+def assert_ray_says_why(folder: Path) -> None:
+    """Which error Ray raises for a lost process depends on who notices first; each names the actor and the reason."""
+    errors = re.findall(r"ray\.exceptions\.(\w+):", (folder / "log.txt").read_text(errors="replace"))
+    assert errors and set(errors) <= LOST, errors or tail(folder)
+
+
 def child(wrapper: subprocess.Popen, name: str) -> psutil.Process:
     """The one process below the wrapper with this in its command line."""
     found = psutil.Process(wrapper.pid).children(recursive=True)
@@ -118,7 +127,7 @@ def test_a_lost_trainer_rank_ends_the_job_with_a_reason(start, tmp_path):
     wait_for_step(wrapper, folder, 1)
     child(wrapper, "ray::WorkerDict").kill()
     assert wrapper.wait(120) not in (0, None)
-    assert "ActorDiedError" in tail(folder) or "ActorUnavailableError" in tail(folder)
+    assert_ray_says_why(folder)
     assert json.loads((folder / "attempts.jsonl").read_text().splitlines()[-1])["status"] != 0
 
 
@@ -216,4 +225,5 @@ def test_two_ray_nodes_train_and_a_lost_node_ends_the_job(start, cluster, job_in
     for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
         process.kill()  # the whole node: raylet, agents, ranks
     assert wrapper.wait(180) not in (0, None)
-    assert "died" in tail(tmp_path / "run").lower()
+    assert_ray_says_why(tmp_path / "run")
+    assert "after step" in (tmp_path / "output.txt").read_text().splitlines()[-1]
