@@ -20,10 +20,9 @@ from verl_krpo.kalman import filter as kalman_filter
 from verl_krpo.kalman import local_level, moments, saturated
 
 DEFAULTS = KpoConfig()
-# Tokens worked on at a time. A CPU does a small tensor in one go; else its blocks stay in cache, and what they need is
-# small beside the tensor. Elsewhere the number of kernels is kept small.
+# Tokens worked on at a time, at most. A CPU does a small tensor in one go, for the calls would cost more than the
+# arithmetic; else blocks stay in cache, and what one needs is small beside the tensor. Elsewhere few kernels count.
 CPU_BLOCK, DEVICE_BLOCK = 2**15, 2**22
-CPU_GROUPS = 4  # of rows
 SCALARS = 14  # behind the metrics
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 
@@ -101,131 +100,139 @@ class _Sloped(torch.autograd.Function):
         return (slope * (grad * weight)[:, None]).to(ctx.dtype), None, None, None
 
 
-def _log_ratio(pair, unseen):
-    """z (rows, tokens), 0 where unseen, in the dtype of the arithmetic."""
-    new, old = (tensor.to(_dtype(pair)) for tensor in pair)
-    return (new - old).masked_fill_(unseen, 0.0)
+def _log_ratio(pair, mask):
+    """z (rows, tokens), 0 under the mask, in the dtype of the arithmetic."""
+    dtype = _dtype(pair)
+    new, old = (tensor.to(dtype) for tensor in pair)
+    return _keep(new - old, _bits(mask, dtype))
 
 
 def _dtype(pair):
     return torch.float64 if pair[0].dtype == torch.float64 else torch.float32
 
 
+def _bits(mask, dtype):
+    """All bits where the mask is true, none elsewhere: an integer tensor as wide as `dtype`, for `_keep`."""
+    return mask.view(torch.int8).to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
+
+
+def _keep(x, bits):
+    """x in place, 0 where there are no bits, be it NaN: on a CPU many times faster than a choice at every token."""
+    x.view(bits.dtype).bitwise_and_(bits)
+    return x
+
+
 def _noise(pair, mask, kpo) -> tuple[moments.Noise, float]:
     """The Q and R in use, and the R to log."""
     if kpo.measurement_var != BATCH:
         return moments.Noise(kpo.process_var, kpo.measurement_var), kpo.measurement_var
-    measured = moments.from_differences(_log_ratio(pair, ~mask), mask, smallest_ratio=kpo.process_var)
+    measured = moments.from_differences(_log_ratio(pair, mask), mask, smallest_ratio=kpo.process_var)
     if measured is None:  # no two neighbours differ, as in an on-policy update: nothing to measure, nothing to filter
         return moments.Noise(kpo.process_var, 1.0), 0.0
     return measured, measured.measurement_var
 
 
-class _Tally(NamedTuple):
-    """What the metrics are made of, block by block: sums (8,) and peaks () as of `_block`, counts (4,), hits ()."""
-
-    sums: list[torch.Tensor]
-    counts: list[torch.Tensor]
-    hits: list[torch.Tensor]
-    peaks: list[torch.Tensor]
-
-
 def _rows(pair, advantages, mask, weights, rule):
     """Per row the sum of its tokens' losses (rows,), their slope (rows, tokens), and the scalars behind the metrics."""
-    rows = len(mask)
-    groups, block = 1, DEVICE_BLOCK
-    if mask.device.type == "cpu":
-        groups, block = (1 if mask.numel() <= CPU_BLOCK else CPU_GROUPS), CPU_BLOCK
-    # Nothing observed behind a masked token: the filter has nothing to skip.
-    solid = not (mask[:, 1:] & ~mask[:, :-1]).any()
-
-    slope = torch.empty(mask.shape, dtype=_dtype(pair), device=mask.device)
-    value = slope.new_zeros(rows)
+    slope, saturates = _filtered(pair, mask, rule)  # a filtered log-ratio waits where its slope will be written
+    value = slope.new_zeros(len(slope))
     zero = value.new_zeros(())
-    tally = _Tally([zero.expand(8)], [zero.int().expand(4)], [zero.long()], [zero - math.inf])
-    for group in _slices(rows, -(-rows // groups)):
-        of_group = [tensor[group] for tensor in (*pair, advantages, mask, value, slope)]
-        _group(*of_group, None if weights is None else weights[group], rule, solid, block, tally)
-    scalars = [torch.stack(part).double().sum(dim=0).reshape(-1) for part in tally[:3]]
-    return value, slope, torch.cat([*scalars, torch.stack(tally.peaks).amax()[None]])
+    sums, counts, peaks = [zero.expand(8)], [zero.long().expand(4)], [zero]
+    for rows, spans in _blocks(mask):
+        # A block's first token has the last of the one before it for a neighbour.
+        before = mask.new_zeros(3, len(mask[rows]), 1)
+        for columns in spans:
+            at = (rows, columns)
+            new, old, advantage, seen = (tensor[at] for tensor in (*pair, advantages, mask))
+            weight = None if weights is None else weights[at]
+            loss, before, *of_block = _block(new, old, slope[at], advantage, seen, weight, before, rule)
+            value[rows] += loss
+            for tally, part in zip((sums, counts, peaks), of_block, strict=True):
+                tally.append(part)
+    hits = zero if saturates is None else torch.count_nonzero(saturates)
+    scalars = [torch.stack(part).double().sum(dim=0) for part in (sums, counts)]
+    return value, slope, torch.cat([*scalars, torch.stack([hits.double(), torch.stack(peaks).amax().double()])])
 
 
-def _group(log_prob, old_log_prob, advantages, mask, value, slope, weights, rule, solid, block, tally):
-    """The losses of some rows and their slope, written to `value` and `slope`, and the tally."""
-    z = _log_ratio((log_prob, old_log_prob), ~mask)
-    # The filtered log-ratios wait where their slope will be written.
-    slope[:], saturates = _filter(z, mask, solid, rule)
-    if saturates is not None:
-        tally.hits.append(torch.count_nonzero(saturates))
-    before = mask.new_zeros(3, len(z), 1)
-    for columns in _slices(z.shape[1], -(-block // max(1, len(z)))):
-        at = (slice(None), columns)
-        weight = None if weights is None else weights[at]
-        clipped, loss = _block(z[at], slope[at], advantages[at], mask[at], weight, rule, tally)
-        value += loss
-        chain = torch.cat([before, torch.cat([mask[at][None], clipped])], dim=-1)
-        tally.counts.append(_counts(chain, clipped))
-        before = chain[..., -1:].clone()  # the next block's first token has it for a neighbour
+def _blocks(mask):
+    """(rows, its spans of columns): whole rows where they fit in a block, so that it lies together in memory."""
+    rows, width = mask.shape
+    size = DEVICE_BLOCK
+    if mask.device.type == "cpu":
+        size = CPU_BLOCK if mask.numel() <= CPU_BLOCK else min(CPU_BLOCK, mask.numel() // 4)
+    height = min(rows, max(1, size // max(1, width)))
+    return ((part, _slices(width, max(1, size // height))) for part in _slices(rows, height))
 
 
-def _filter(z, mask, solid, rule):
+def _filtered(pair, mask, rule):
     """x (rows, tokens), anything under the mask, and where innovations were clipped, if they are."""
+    z = _log_ratio(pair, mask)
     model = dict(**rule.noise._asdict(), init_var=rule.kpo.init_var, gain=rule.kpo.gain.value)
     if rule.kpo.innovation_clip is not None:
         return saturated.filtered_mean(z, mask, innovation_clip=rule.kpo.innovation_clip, **model)
-    if solid or z.device.type != "cpu":
+    # With nothing observed behind a masked token, the filter has nothing to skip.
+    solid = not kalman_filter.any_true(mask[:, 1:] > mask[:, :-1])
+    if z.device.type != "cpu":
         return kalman_filter.filtered_mean(z, None if solid else mask, **model), None
-    x = torch.zeros_like(z)
-    for row, seen in enumerate(mask):  # one row's packed tokens at a time take little memory
-        packed = z[row].masked_select(seen)[None]
-        x[row].masked_scatter_(seen, kalman_filter.filtered_mean(packed, **model))
-    return x, None
+    if solid:
+        for rows in _slices(len(z), -(-len(z) // 2)):
+            z[rows] = kalman_filter.filtered_mean(z[rows], **model)
+    else:
+        for row, seen in zip(z, mask, strict=True):  # one row's packed tokens at a time take little memory
+            packed = row.masked_select(seen)[None]
+            row.masked_scatter_(seen, kalman_filter.filtered_mean(packed, **model))
+    return z, None
 
 
-def _block(z, slope, advantages, seen, weight, rule, tally):
-    """The losses of a block of tokens from its log-ratios (rows, tokens): z, and the filtered ones in `slope`.
+def _block(log_prob, old_log_prob, slope, advantages, seen, weight, before, rule):
+    """The losses of a block of tokens, (rows, tokens), from its log-ratios: of the filtered ones in `slope`.
 
-    Returns what raw and filtered ratios have clipped (2, rows, tokens) and the rows' losses (rows,). Leaves the slope
-    d loss_t / d log pi(y_t) where the filtered log-ratios were. Tallies, of raw and filtered each, the sums of
-    log-ratios, of their absolute values, of ratio - 1 and of its square, and the largest raw log-ratio.
+    Leaves the slope d loss_t / d log pi(y_t) where the filtered log-ratios were. Returns the rows' losses (rows,); of
+    the last tokens whether they were seen and are clipped, raw and filtered (3, rows, 1), as `before` is of the tokens
+    before the block; of raw and filtered each the sums of log-ratios, of their absolute values, of ratio - 1 and of its
+    square (8,); what `_counts` counts (4,); and the largest raw ratio.
     """
-    kpo, lowest, highest = rule.kpo, 1.0 - rule.low, 1.0 + rule.high
-    unseen = ~seen
-    absent = unseen.to(slope.dtype)
-    both = torch.stack([z, slope])
-    both[1].addcmul_(both[1], absent, value=-1.0)
-    tally.peaks.append(both[0].sub(absent, alpha=1e30).amax())
-    del absent
+    kpo, dtype = rule.kpo, slope.dtype
+    bits = _bits(seen, dtype)
+    both = slope.new_empty(2, *slope.shape)
+    torch.sub(log_prob.to(dtype), old_log_prob.to(dtype), out=both[0])
+    both[1] = slope
+    _keep(both, bits)
     of = [both.sum(dim=(1, 2)), both.abs().sum(dim=(1, 2))]
     flat = both[1] > kpo.ratio_log_max
-    off = both.clamp_(max=kpo.ratio_log_max).expm1_()  # ratio - 1: float32 keeps small ones exact
-    tally.sums.append(torch.cat([*of, off.sum(dim=(1, 2)), off.square().sum(dim=(1, 2))]))
+    both.exp_()
+    peak = torch.bitwise_and(both[0].view(bits.dtype), bits).view(dtype).amax()
+    off = both.clamp_(max=math.exp(kpo.ratio_log_max)).sub_(1.0)
+    sums = torch.cat([*of, off.sum(dim=(1, 2)), torch.linalg.vector_norm(off, dim=(1, 2)).square_()])
 
-    cost = advantages.to(slope.dtype).neg().masked_fill_(unseen, 0.0)
-    weight = None if weight is None else weight.to(slope.dtype).masked_fill(unseen, 0.0)
-    del unseen
-    raw, filtered = off.add_(1.0)
-    clipped = torch.empty(2, *seen.shape, dtype=torch.bool, device=seen.device)
-    loss = raw * cost
-    torch.gt(raw.clamp_(lowest, highest).mul_(cost), loss, out=clipped[0])
-    torch.mul(filtered, cost, out=loss)
-    bounded = filtered.clamp_(lowest, highest).mul_(cost)
-    torch.gt(bounded, loss, out=clipped[1])
+    cost = _keep(advantages.to(dtype).neg(), bits)
+    weight = None if weight is None else _keep(weight.to(dtype, copy=True), bits)
+    del bits
+    loss = off.add_(1.0) * cost
+    bounded = both.clamp_(1.0 - rule.low, 1.0 + rule.high).mul_(cost)
+    clipped = bounded > loss
+    loss = loss[1]
     if kpo.clip:
-        torch.maximum(loss, bounded, out=loss)
+        torch.maximum(loss, bounded[1], out=loss)
         flat |= clipped[1]
     if weight is not None:
         loss *= weight
     value = loss.sum(dim=-1)
-    slope.copy_(loss.masked_fill_(flat, 0.0))  # d ratio / d log pi = ratio
-    return clipped, value
+    del both, off, bounded, cost
+    slope.copy_(_keep(loss, _bits(flat.logical_not_(), dtype)))  # d ratio / d log pi = ratio
+    chain = torch.cat([before, torch.cat([seen[None], clipped])], dim=-1)
+    return value, chain[..., -1:].clone(), sums, _counts(chain), peak
 
 
-def _counts(chain, clipped):
-    """Clipped tokens, neighbouring pairs, and pairs clipped differently, raw and filtered; chain: seen and clipped."""
-    pairs = chain[0, :, 1:] & chain[0, :, :-1]
-    raw, filtered = (chain[1:, :, 1:] ^ chain[1:, :, :-1]).logical_and_(pairs)
-    return torch.stack([part.sum(dtype=torch.int32) for part in (clipped[1], pairs, raw, filtered)])
+def _counts(chain):
+    """Clipped tokens, neighbouring pairs, and pairs clipped differently, raw and filtered, (4,).
+
+    chain: seen, clipped raw and clipped filtered (3, rows, 1 + tokens), with the token before them in front.
+    """
+    here, before = chain[..., 1:], chain[..., :-1]
+    pairs = here[0] & before[0]
+    raw, filtered = (here[1:] ^ before[1:]).logical_and_(pairs)
+    return torch.stack([torch.count_nonzero(part) for part in (here[2], pairs, raw, filtered)])
 
 
 def _slices(n, size):
@@ -247,7 +254,7 @@ def _metrics(scalars: list[float], counts: np.ndarray, width: int, rule: _Rule) 
         "actor/ppo_kl": -z / n,
         "actor/kpo_ratio_std_raw": math.sqrt(max(0.0, raw_sq / n - (raw / n) ** 2)),
         "actor/kpo_ratio_std_filtered": math.sqrt(max(0.0, off_sq / n - (off / n) ** 2)),
-        "actor/kpo_ratio_max_raw": math.exp(min(peak, 700.0)),
+        "actor/kpo_ratio_max_raw": min(peak, torch.finfo(torch.float32).max),
         "actor/kpo_logratio_abs_mean_raw": z_abs / n,
         "actor/kpo_logratio_abs_mean_filtered": x_abs / n,
         "actor/kpo_gain_last": gain,
