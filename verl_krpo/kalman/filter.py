@@ -233,15 +233,14 @@ def filtered_mean(
     if mask is None:
         return recurrence.solve(plan, observations, start, dtype)
     mask = _check_mask(mask, observations)
-    count = mask.sum(dim=1, dtype=torch.int32)
-    if bool((count == time).all()):
+    if all_true(mask):
         return recurrence.solve(plan, observations, start, dtype)
     if observations.requires_grad and torch.is_grad_enabled():
         packed = _pack(observations, mask, **numbers)
         mean = recurrence.solve(recurrence.head(plan, packed.values.shape[1]), packed.values, start, dtype)
         return _take(packed, torch.cat([mean.new_full((len(mean), 1), init_mean), mean], dim=1), packed.rank)
     if _contiguous(mask):
-        return _filter_spans(plan, observations, mask, count, start, init_mean, dtype)
+        return _filter_spans(plan, observations, mask, start, init_mean, dtype)
     return _filter_holes(plan, observations, mask, start, init_mean, dtype)
 
 
@@ -257,13 +256,14 @@ def all_true(mask: torch.Tensor) -> bool:
 
 def _contiguous(mask: torch.Tensor) -> bool:
     """Whether no row has a hole between two observations."""
-    changes = (mask[:, 1:] != mask[:, :-1]).sum(dim=1, dtype=torch.int32)
-    return bool((changes + mask[:, 0] + mask[:, -1] <= 2).all())
+    begins = mask[:, 1:] > mask[:, :-1]
+    return not any_true(begins) or all_true(begins.sum(dim=1, dtype=torch.int32) + mask[:, 0] <= 1)
 
 
-def _filter_spans(plan, observations, mask, count, start, init_mean, dtype) -> torch.Tensor:
+def _filter_spans(plan, observations, mask, start, init_mean, dtype) -> torch.Tensor:
     """The filtered mean where every row's observations are contiguous: rows that begin together are solved together."""
     time = observations.shape[1]
+    count = mask.sum(dim=1, dtype=torch.int32)
     begin = torch.where(mask[:, 0], 0, time - count)
     inside = (count > 0) & ~mask[:, 0] & ~mask[:, -1]
     if inside.any():
@@ -328,7 +328,7 @@ def _pack(observations, mask, process_var, measurement_var, init_mean, init_var)
     columns = {name: _parameter(name, value, batch, device) for name, value in named.items()}
     if mask is not None:
         mask = _check_mask(mask, observations)
-        mask = None if mask.all() else mask
+        mask = None if all_true(mask) else mask
     if mask is None:
         rank = torch.arange(1, time + 1, device=device)[None]
         count = torch.full((1,), time, device=device)
