@@ -4,7 +4,9 @@ A batch is flat: row k holds one response, its prompt id is `index[k]`, and the 
 filter wants (groups, members). `Groups` goes from one to the other and back; nothing else in the package reads uids.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -69,13 +71,16 @@ def group(index: object, counted: torch.Tensor, order: Order = Order.arrival) ->
 
     device = counted.device
     rows = np.flatnonzero(counted.cpu().numpy())
-    codes, uniques = pd.factorize(labels if len(rows) == len(labels) else labels[rows])
-    if len(codes) and codes.min() < 0:
-        raise ValueError(f"no prompt id (None or NaN) in index at rows {rows[codes < 0][:8].tolist()}")
+    numbered = defaultdict(count().__next__)  # prompt id -> number, in order of first appearance
+    codes = np.fromiter(map(numbered.__getitem__, labels[rows].tolist()), np.int64, len(rows))
+    uniques = np.fromiter(numbered, object, len(numbered))
+    missing = pd.isna(uniques)
+    if missing.any():
+        raise ValueError(f"no prompt id (None or NaN) in index at rows {rows[missing[codes]][:8].tolist()}")
 
     # One sort of (group, arrival) packed in an integer: faster than a stable argsort of the codes.
-    count = max(len(rows), 1)
-    members = np.sort(codes * count + np.arange(len(rows))) % count
+    total = max(len(rows), 1)
+    members = np.sort(codes * total + np.arange(len(rows))) % total
     codes, rows = codes[members], rows[members]
     sizes = np.bincount(codes, minlength=len(uniques))
     width = int(sizes.max(initial=1))
@@ -94,7 +99,7 @@ def group(index: object, counted: torch.Tensor, order: Order = Order.arrival) ->
 
     mask = None if full else torch.from_numpy(np.arange(width) < sizes[:, None]).to(device)
     rows, slots, sizes = (torch.from_numpy(array).to(device) for array in (rows, slots, sizes))
-    return Groups(labels=np.asarray(uniques), sizes=sizes, rows=rows, slots=slots, mask=mask, width=width)
+    return Groups(labels=uniques, sizes=sizes, rows=rows, slots=slots, mask=mask, width=width)
 
 
 def _hash(labels: np.ndarray) -> np.ndarray:

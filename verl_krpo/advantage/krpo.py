@@ -79,12 +79,13 @@ def compute_advantage(token_level_rewards, response_mask, config=None, index=Non
     """
     settings = settings_of(config)
     with torch.no_grad():
-        rewards = token_level_rewards.sum(dim=-1, dtype=torch.float64)
-        found = estimate(rewards, index, settings, counted=(response_mask != 0).any(dim=-1))
-        metrics.record(found, settings.process_var)
-        advantage = found.groups.scatter(found.advantage, len(rewards))
         dtype = torch.promote_types(token_level_rewards.dtype, torch.float32)
-        advantages = advantage.to(dtype)[:, None] * response_mask
+        rewards = token_level_rewards.sum(dim=-1, dtype=dtype)
+        seen = response_mask != 0
+        found = estimate(rewards, index, settings, counted=seen.any(dim=-1))
+        metrics.record(found, settings.process_var)
+        advantage = found.groups.scatter(found.advantage, len(rewards)).to(dtype)
+        advantages = torch.where(seen, advantage[:, None], advantage.new_zeros(()))
     return advantages, advantages
 
 
@@ -206,7 +207,10 @@ def _column(value: float | torch.Tensor) -> float | torch.Tensor:
 
 
 def _require_finite(rewards: torch.Tensor, groups: Groups) -> None:
-    wrong = (~rewards[groups.rows].isfinite()).nonzero().flatten()[:8]
+    finite = rewards.isfinite()
+    if finite.all():
+        return
+    wrong = (~finite[groups.rows]).nonzero().flatten()[:8]
     if len(wrong):
         rows = groups.rows[wrong]
         raise ValueError(

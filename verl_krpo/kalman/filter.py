@@ -161,8 +161,8 @@ def leave_one_out(
     mean, var = _forward(_diffuse(packed, packed.values.gather(1, right.expand(packed.values.shape))))
     right_mean, right_var = _take(packed, mean, right), _take(packed, var, right) + packed.process_var
 
-    share = _share(left_var, right_var)
-    mean, var = left_mean + share * (right_mean - left_mean), _parallel(left_var, right_var)
+    mean = torch.lerp(left_mean, right_mean, _share(left_var, right_var).expand(left_mean.shape))
+    var = _parallel(left_var, right_var)
     if packed.mask is None:
         return Belief(mean.to(packed.dtype), var.expand(mean.shape).to(packed.dtype))
     others = _belief(packed, *_smooth(packed), packed.rank)
