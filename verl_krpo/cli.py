@@ -162,8 +162,8 @@ def evaluate(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> None:
-    """Time the filters against the published approach (arguments of python -m verl_krpo.bench)."""
-    from verl_krpo.bench import main as benchmark
+    """What filters, loss and estimator cost: filter, kpo or krpo (see verl-krpo bench --help)."""
+    from verl_krpo.bench.__main__ import main as benchmark
 
     benchmark(context.args)
 

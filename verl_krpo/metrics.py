@@ -82,6 +82,11 @@ def record(found, process_var: float) -> None:
     _pending.append((found, process_var))
 
 
+def discard() -> None:
+    """Forget what was recorded."""
+    _pending.clear()
+
+
 def drain() -> dict[str, float]:
     """The metrics of what was recorded since the last call, merged."""
     steps = [scalars(*recorded) for recorded in _pending]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from verl.trainer.ppo.core_algos import agg_loss
 
-from verl_krpo.bench_kpo import published_loss
+from verl_krpo.bench.kpo import published_loss
 from verl_krpo.config import Gain, KpoConfig
 from verl_krpo.kalman.moments import from_differences
 from verl_krpo.policy_loss.kpo import compute_policy_loss

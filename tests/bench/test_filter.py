@@ -1,19 +1,16 @@
+"""The filter's benchmark: what it times, and the errors that stand beside it."""
+
 import json
 import math
 
-from verl_krpo import bench
-
-
-def test_paired_gives_one_time_a_round_and_call():
-    calls = {"sum": lambda: sum(range(1000)), "nothing": lambda: None}
-    times = bench.paired(calls, rounds=3)
-    assert times.keys() == calls.keys() and all(len(t) == 3 and min(t) > 0 for t in times.values())
-    assert bench.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0
+from verl_krpo.bench import __main__ as bench
+from verl_krpo.bench import filter as filter_bench
+from verl_krpo.bench import timing
 
 
 def test_filter_table(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "SHAPES", ((3, 200),))
-    monkeypatch.setattr(bench, "SAMPLE", 1e-5)
+    monkeypatch.setattr(filter_bench, "SHAPES", ((3, 200),))
+    monkeypatch.setattr(timing, "SAMPLE", 1e-5)
     bench.main(["filter", "--rounds", "2", "--json", str(tmp_path / "filter.json")])
     rows = json.loads((tmp_path / "filter.json").read_text())["rows"]
     ours = {row["mask"]: row for row in rows if row["method"] == "ours"}

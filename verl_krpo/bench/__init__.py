@@ -1,0 +1,1 @@
+"""What filters, loss and estimator cost: `verl-krpo bench`."""
