@@ -72,7 +72,8 @@ def group(index: object, counted: torch.Tensor, order: Order = Order.arrival) ->
     device = counted.device
     rows = np.flatnonzero(counted.cpu().numpy())
     numbered = defaultdict(count().__next__)  # prompt id -> number, in order of first appearance
-    codes = np.fromiter(map(numbered.__getitem__, labels[rows].tolist()), np.int64, len(rows))
+    ids = labels if len(rows) == len(labels) else labels[rows]
+    codes = np.fromiter(map(numbered.__getitem__, ids.tolist()), np.int64, len(rows))
     uniques = np.fromiter(numbered, object, len(numbered))
     missing = pd.isna(uniques)
     if missing.any():
