@@ -152,6 +152,17 @@ def test_a_ray_worker_without_the_package(bare_python):
     )
 
 
+def test_a_ray_that_never_answers_is_no_hang(monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(doctor, "RAY_SECONDS", 15)
+        (finding,) = doctor._in_ray()
+    assert finding.code == doctor.NOT_IN_WORKER
+    assert "within 15 s (127.0.0.1:" in finding.text and "ray stop" in finding.text
+
+
 def wait_for(port, seconds=60):
     until = time.monotonic() + seconds
     while time.monotonic() < until:

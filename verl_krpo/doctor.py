@@ -17,6 +17,7 @@ import inspect
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -29,7 +30,7 @@ from verl_krpo import versions
 from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
 
 NOT_INSTALLED, BROKEN, HIDDEN, WRONG_VERL, WRONG_JOB, NOT_IN_WORKER = 10, 11, 12, 13, 14, 15
-PROCESS_SECONDS, WORKER_SECONDS = 180, 180
+PROCESS_SECONDS, WORKER_SECONDS, RAY_SECONDS = 180, 180, 240
 MODULES = "VERL_USE_EXTERNAL_MODULES"
 PLUGINS = "VERL_USE_EXTERNAL_PLUGINS"
 
@@ -198,6 +199,30 @@ def _backend() -> Finding:
 
 
 def _in_ray() -> list[Finding]:
+    """`ray_findings` from a process of its own: ray.init can wait for ever for a cluster that has died."""
+    code = (
+        "import dataclasses, json\nfrom verl_krpo import doctor\n"
+        "print(json.dumps([dataclasses.asdict(finding) for finding in doctor.ray_findings()]))"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes)
+    try:
+        output, errors = process.communicate(timeout=RAY_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        cluster = os.environ.get("RAY_ADDRESS") or "the cluster that last ran on this machine, or a new one"
+        text = (
+            f"Ray did not answer within {RAY_SECONDS} s ({cluster}), and a verl job would wait as well: start it, "
+            "or run `ray stop --force`, which also removes what a Ray that died has left behind"
+        )
+        return [Finding("plugin in a Ray worker", "failure", text, code=NOT_IN_WORKER)]
+    if process.returncode:
+        return [Finding("plugin in a Ray worker", "failure", "Ray fails", detail=errors, code=NOT_IN_WORKER)]
+    return [Finding(**finding) for finding in json.loads(output.splitlines()[-1])]
+
+
+def ray_findings() -> list[Finding]:
     """A worker on every node of the cluster that verl's driver would join, or of a local one."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
