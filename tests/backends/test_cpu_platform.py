@@ -49,7 +49,7 @@ def test_a_plain_command_line_gets_what_a_cpu_needs(prepared):
 
 def test_what_the_user_chose_stays(prepared):
     chosen = {
-        "actor_rollout_ref.rollout.agent.num_workers": 2,
+        "actor_rollout_ref.rollout.agent.num_workers": 3,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4,
         "data.dataloader_num_workers": 3,
         "trainer.n_gpus_per_node": 2,

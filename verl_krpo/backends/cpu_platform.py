@@ -193,7 +193,7 @@ def prepare(config: DictConfig) -> None:
     default(f"{rollout}.tensor_model_parallel_size", 2, 1)
     default(f"{rollout}.dtype", "bfloat16", "float32")
     default(f"{rollout}.free_cache_engine", True, False)
-    default(f"{rollout}.agent.num_workers", 8, 1)
+    default(f"{rollout}.agent.num_workers", 8, 2)  # they are half of a small model's step: a core each
     default("reward.num_workers", 8, 1)
     default("data.dataloader_num_workers", 8, 0)
     default("transfer_queue.backend.SimpleStorage.num_data_storage_units", 8, 1)
