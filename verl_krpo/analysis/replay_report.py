@@ -44,10 +44,7 @@ def facts(run: Replay) -> list[tuple[str, str]]:
     rows = [
         ("responses", f"{count:,} in {run.groups:,} groups, {len(run.per_step):,} step{'s' * (len(run.per_step) > 1)}"),
         ("reward", f"mean {number(mean)}, std {number(math.sqrt(max(0.0, squares / count - mean**2)))}"),
-        (
-            "no signal",
-            f"equal rewards in {run.equal_groups:,} of {run.groups:,} groups ({_percent(run.equal_groups, run.groups)})",
-        ),
+        ("no signal", f"equal rewards in {run.equal_groups:,} groups ({_percent(run.equal_groups, run.groups)})"),
     ]
     if run.singletons:
         rows.append(("groups of one", f"{run.singletons:,}"))
