@@ -56,14 +56,15 @@ def _finite(value: object) -> bool:
 class KrpoConfig:
     """`algorithm.krpo.*`, the advantage estimator (arXiv 2505.07527).
 
-    process_var      Q >= 0, variance of the drift between two members of a group, in squared reward units
-    measurement_var  R > 0, variance of a reward around the state, or `batch`: estimated from the batch
-    init_mean        prior mean of the state in reward units, or `batch`
-    init_var         prior variance of the state >= 0, or `batch`
-    epsilon          >= 0, added to the standard deviation that divides
-    order            in which order the members of a group are filtered
-    baseline         which estimate of the state is subtracted from the reward
-    scale            what the difference is divided by
+    Attributes:
+        process_var: Q >= 0, variance of the drift between two members of a group, in squared reward units
+        measurement_var: R > 0, variance of a reward around the state, or `batch`: estimated from the batch
+        init_mean: prior mean of the state in reward units, or `batch`
+        init_var: prior variance of the state >= 0, or `batch`
+        epsilon: >= 0, added to the standard deviation that divides
+        order: in which order the members of a group are filtered
+        baseline: which estimate of the state is subtracted from the reward
+        scale: what the difference is divided by
     """
 
     process_var: float = 1e-5
@@ -96,14 +97,15 @@ class KrpoConfig:
 class KpoConfig:
     """`actor_rollout_ref.actor.policy_loss.kpo.*`, the policy loss (arXiv 2602.10609).
 
-    process_var      Q >= 0, variance of the log-ratio's drift from token to token; with measurement_var=batch the
-                     smallest Q/R
-    measurement_var  R > 0, variance of a token's log-ratio around the state, or `batch`: estimated from the batch
-    init_var         P0 >= 0, prior variance of the state before the first token
-    clip             clip the filtered ratio to [1 - clip_ratio_low, 1 + clip_ratio_high] as PPO does
-    gain             `scheduled`: the exact gains K_1, K_2, ...; `steady`: their limit at every token
-    innovation_clip  kappa > 0: saturate innovations at kappa predicted standard deviations; null: do not
-    ratio_log_max    > 0, upper bound of the log-ratio before it is exponentiated
+    Attributes:
+        process_var: Q >= 0, variance of the log-ratio's drift from token to token; with measurement_var=batch the
+            smallest Q/R
+        measurement_var: R > 0, variance of a token's log-ratio around the state, or `batch`: estimated from the batch
+        init_var: P0 >= 0, prior variance of the state before the first token
+        clip: clip the filtered ratio to [1 - clip_ratio_low, 1 + clip_ratio_high] as PPO does
+        gain: `scheduled`: the exact gains K_1, K_2, ...; `steady`: their limit at every token
+        innovation_clip: kappa > 0: saturate innovations at kappa predicted standard deviations; null: do not
+        ratio_log_max: > 0, upper bound of the log-ratio before it is exponentiated
     """
 
     process_var: float = 1e-6

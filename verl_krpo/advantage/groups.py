@@ -18,11 +18,12 @@ from verl_krpo.config import Order
 class Groups:
     """The counted rows of a batch, sorted by group and, within a group, by place.
 
-    labels  (groups,) prompt ids, in order of first appearance
-    sizes   (groups,) members of each group, >= 1
-    rows    (counted,) row of each member
-    slots   (counted,) its position group * width + place in a flattened (groups, width) matrix
-    mask    (groups, width) bool, where the matrix holds a member; None where every group is full
+    Attributes:
+        labels: (groups,) prompt ids, in order of first appearance
+        sizes: (groups,) members of each group, >= 1
+        rows: (counted,) row of each member
+        slots: (counted,) its position group * width + place in a flattened (groups, width) matrix
+        mask: (groups, width) bool, where the matrix holds a member; None where every group is full
     """
 
     labels: np.ndarray
