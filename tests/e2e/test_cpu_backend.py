@@ -74,8 +74,8 @@ def test_a_lost_process_ends_the_job(start_job, lost):
     while 1 not in job.metrics():
         assert job.process.poll() is None and time.monotonic() < deadline, job.output_file.read_text()[-6000:]
         time.sleep(0.2)
-    (victim,) = [p for p in psutil.Process(job.process.pid).children(recursive=True) if f"ray::{lost}" in p.name()]
-    os.kill(victim.pid, signal.SIGKILL)
+    running = psutil.Process(job.process.pid).children(recursive=True)
+    os.kill(next(p.pid for p in running if f"ray::{lost}" in p.name()), signal.SIGKILL)
     done = job.wait(60)
     assert done.code != 0
     assert "lost" in done.output or "ActorDiedError" in done.output

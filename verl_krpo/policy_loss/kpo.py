@@ -200,9 +200,9 @@ def _block(log_prob, old_log_prob, slope, advantages, seen, weight, before, rule
     _keep(both, bits)
     of = [both.sum(dim=(1, 2)), both.abs().sum(dim=(1, 2))]
     flat = both[1] > kpo.ratio_log_max
-    both.exp_()
-    peak = torch.bitwise_and(both[0].view(bits.dtype), bits).view(dtype).amax()
-    off = both.clamp_(max=math.exp(kpo.ratio_log_max)).sub_(1.0)
+    off = both.expm1_()  # ratio - 1: float32 keeps small ones exact
+    peak = _keep(off[0] + 1.0, bits).amax()
+    off.clamp_(max=math.expm1(kpo.ratio_log_max))
     sums = torch.cat([*of, off.sum(dim=(1, 2)), torch.linalg.vector_norm(off, dim=(1, 2)).square_()])
 
     cost = _keep(advantages.to(dtype).neg(), bits)
