@@ -303,3 +303,15 @@ def test_unknown_aggregation_is_named(kpo_reference):
     batch = kpo_reference.batch()
     with pytest.raises(ValueError, match="seq-median"):
         compute_policy_loss(batch.old, batch.new, batch.adv, batch.mask, "seq-median", kpo_reference.config())
+
+
+def test_the_spread_of_tiny_filtered_ratios_is_measured(kpo_reference):
+    """Sixteen tokens at the published Q: filtered ratios differ from 1 by less than float32 can hold at 1."""
+    batch = kpo_reference.batch(rows=4, width=16, seed=12)
+    mask = torch.ones_like(batch.mask)
+    old = batch.old.nan_to_num(0.0, 0.0, 0.0)
+    new = old + 1e-3 * torch.randn(old.shape, generator=torch.Generator().manual_seed(12))
+    _, metrics = compute_policy_loss(old, new, torch.ones_like(old), mask, "token-mean", kpo_reference.config())
+    filtered, _ = kpo_reference.filter(new.double() - old.double(), mask, 1e-6, 1.0, 0.0)
+    assert 0 < metrics["actor/kpo_ratio_std_filtered"] < 1e-7
+    assert metrics["actor/kpo_ratio_std_filtered"] == pytest.approx(filtered.expm1().std(correction=0).item(), rel=1e-3)
