@@ -60,9 +60,8 @@ def run(run_dir: str | os.PathLike, command: list[str], log: bool = True) -> int
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.flush()
     status = job.wait()
-    end(run_dir, status)
+    step = end(run_dir, status)
     if status:
-        step = max(metrics(run_dir), default=0)
         reason = f"; {run_dir / LOG} has the reason" if log else ""
         print(
             f"{run_dir}: the job ended with status {status} after step {step}{reason}; "
@@ -102,12 +101,14 @@ def begin(run_dir: Path, command: list[str]) -> None:
     _append(run_dir / ATTEMPTS, line)
 
 
-def end(run_dir: Path, status: int) -> None:
-    """Join the metrics of all attempts in metrics.jsonl, and write down how this one ended."""
+def end(run_dir: Path, status: int) -> int:
+    """Join the metrics of all attempts in metrics.jsonl, write down how this one ended, and return its last step."""
     joined = metrics(run_dir)
     _write_metrics(run_dir / METRICS, joined)
     (run_dir / EARLIER).unlink(missing_ok=True)
-    _append(run_dir / ATTEMPTS, {"ended": _now(), "status": status, "step": max(joined, default=0)})
+    step = max(joined, default=0)
+    _append(run_dir / ATTEMPTS, {"ended": _now(), "status": status, "step": step})
+    return step
 
 
 def metrics(run_dir: str | os.PathLike) -> dict[int, dict]:
