@@ -81,7 +81,7 @@ def compute_advantage(token_level_rewards, response_mask, config=None, index=Non
     with torch.no_grad():
         dtype = torch.promote_types(token_level_rewards.dtype, torch.float32)
         rewards = token_level_rewards.sum(dim=-1, dtype=dtype)
-        seen = response_mask != 0
+        seen = response_mask.bool()
         found = estimate(rewards, index, settings, counted=seen.any(dim=-1))
         metrics.record(found, settings.process_var)
         advantage = found.groups.scatter(found.advantage, len(rewards)).to(dtype)

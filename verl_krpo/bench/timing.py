@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-SAMPLE = 2e-3  # seconds: what is quicker is repeated until it takes as long
+SAMPLE = 2e-2  # seconds: what is quicker is repeated until it takes as long
 
 
 def paired(

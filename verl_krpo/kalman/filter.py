@@ -153,16 +153,15 @@ def leave_one_out(
     """
     packed = _pack(observations, mask, process_var, measurement_var, init_mean, init_var)
     n = packed.values.shape[1]
-    mean, var = _forward(packed)
-    left_mean, left_var = mean[:, :-1], var[:, :-1] + packed.process_var
-
+    left = _forward(packed)
     # Of column i: the number of observations to its right. It is also the column of its mirror image.
-    right = (packed.count[:, None] - 1 - torch.arange(n, device=mean.device)).clamp(min=0)
+    right = (packed.count[:, None] - 1 - torch.arange(n, device=left.mean.device)).clamp(min=0)
     mean, var = _forward(_diffuse(packed, packed.values.gather(1, right.expand(packed.values.shape))))
-    right_mean, right_var = _take(packed, mean, right), _take(packed, var, right) + packed.process_var
+    mean, var = _take(packed, mean, right), _take(packed, var, right).add_(packed.process_var)
 
-    mean = torch.lerp(left_mean, right_mean, _share(left_var, right_var).expand(left_mean.shape))
-    var = _parallel(left_var, right_var)
+    left_var = left.var[:, :-1] + packed.process_var
+    mean = torch.lerp(left.mean[:, :-1], mean, _share(left_var, var).expand(mean.shape))
+    var = _parallel(left_var, var)
     if packed.mask is None:
         return Belief(mean.to(packed.dtype), var.expand(mean.shape).to(packed.dtype))
     others = _belief(packed, *_smooth(packed), packed.rank)

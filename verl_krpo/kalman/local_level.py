@@ -93,15 +93,21 @@ def window(
     h = q.sqrt()
     eta = 2 * torch.asinh(h / 2)
     g = h / 2 + torch.sqrt(1 + q / 4)
-    rho = torch.exp(-2 * eta * i)
-    s = torch.where(q > 0, -torch.expm1(-2 * eta * i) / torch.where(q > 0, h, 1.0), 2 * i)
+    rho = -2 * eta * i
+    s = rho.expm1().neg_() / torch.where(q > 0, h, 1.0)
+    s += torch.where(q > 0, 0.0, 2.0) * i
+    rho.exp_()
     # Numerator and denominator divided by max(p, 1), so that p = inf is the diffuse limit. At i = 0 this is p.
     a, b = p.clamp(max=1.0), 1 / p.clamp(min=1.0)
-    gain = (a * (1 / g + g * rho) + b * (q * s)) / (a * s + b * (g + rho / g))
+    gain = torch.addcmul(a / g, rho, a * g).addcmul_(s, b * q)
+    gain /= torch.addcmul(b * g, rho, b / g).addcmul_(s, a)
 
-    predicted_var = torch.where(i == 0, init_var, measurement_var * gain)[..., :-1] + process_var
+    predicted_var = (measurement_var * gain)[..., :-1]
+    if start == 0:
+        predicted_var[..., :1] = init_var
+    predicted_var += process_var
     total = predicted_var + measurement_var
-    gain = torch.where(measurement_var > 0, gain[..., 1:].clamp(max=1.0), (predicted_var > 0).double())
+    gain = torch.where(measurement_var > 0, gain[..., 1:].clamp_(max=1.0), (predicted_var > 0).double())
     return gain, torch.where(total > 0, measurement_var / total, 1.0), predicted_var
 
 

@@ -54,7 +54,7 @@ def plan(n: int, coefficients: Callable[[int, int], tuple[torch.Tensor, torch.Te
             start += stop
             continue
         decay, width = decay.clamp(min=FLOOR), decay.shape[1]
-        decades = -decay.log10().amin(dim=0)
+        decades = -decay.amin(dim=0).log10()
         fits = int((decades.cumsum(dim=0) <= DECADES).sum())
         if fits == width or fits >= WINDOW // 8:
             chunks, length = 1, fits
