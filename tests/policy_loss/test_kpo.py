@@ -207,18 +207,31 @@ def test_on_policy_is_reinforce(kpo_reference):
     assert metrics["actor/kpo_ratio_max_raw"] == 1.0
 
 
-def test_blocks_do_not_show(kpo_reference, monkeypatch):
-    import verl_krpo.policy_loss.kpo as module
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_nothing_to_learn_from(kpo_reference, shape):
+    new = torch.zeros(shape, requires_grad=True)
+    nothing, config = torch.zeros(shape), kpo_reference.config(0.2, 0.2)
+    loss, metrics = compute_policy_loss(nothing, new, nothing, nothing.bool(), "token-mean", config)
+    loss.backward()
+    assert loss.item() == 0.0 and new.grad.shape == shape
+    assert all(value == 0.0 for key, value in metrics.items() if key != "actor/kpo_measurement_var")
 
-    batch, kpo = kpo_reference.batch(rows=3, width=203, seed=10), KpoConfig(process_var=1e-2)
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_transposed_log_probs_are_read_as_they_stand(kpo_reference, clip):
+    """Log-probs that lie in memory column by column give the same loss, gradient and metrics."""
+    batch, kpo = kpo_reference.batch(rows=5, width=60, seed=10), KpoConfig(process_var=1e-2, clip=clip)
     config = kpo_reference.config(0.02, 0.02, kpo)
-    outcomes = []
-    for block in (2**15, 3, 21):
-        monkeypatch.setattr(module, "CPU_BLOCK", block)
-        outcomes.append(check(kpo_reference, batch, "token-mean", config, kpo))
-    for loss, metrics in outcomes[1:]:
-        torch.testing.assert_close(loss, outcomes[0][0], rtol=1e-6, atol=1e-8)
-        assert metrics == pytest.approx(outcomes[0][1], rel=1e-5, abs=1e-9)
+    found = []
+    for lay in (torch.Tensor.contiguous, lambda x: x.T.contiguous().T):
+        old, new, adv, mask = (lay(x.detach()) for x in (batch.old, batch.new, batch.adv, batch.mask))
+        new.requires_grad_()
+        loss, metrics = compute_policy_loss(old, new, adv, mask, "token-mean", config)
+        loss.backward()
+        found.append((loss.item(), metrics, new.grad))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5, abs=1e-9)
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-6, atol=1e-9)
 
 
 def test_metrics_count_what_they_say(kpo_reference):

@@ -205,11 +205,13 @@ def filtered_mean(
     init_mean: float = 0.0,
     init_var: float = 0.0,
     gain: str = "scheduled",
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x_{i|i} alone, (batch, time): `filtered` for long sequences whose parameters are numbers.
 
-    gain: `scheduled`, the exact K_1, K_2, ...; `steady`, their limit at every observation. Other arguments as in
-    `filtered`. Allocates little besides the result, as long as the observations of every row are contiguous.
+    gain: `scheduled`, the exact K_1, K_2, ...; `steady`, their limit at every observation. out: where to write it, if
+    there is no mask and no gradient; may be `observations`. Other arguments as in `filtered`. Allocates little besides
+    the result, as long as the observations of every row are contiguous.
     """
     if gain not in ("scheduled", "steady"):
         raise ValueError(f"gain={gain!r} must be 'scheduled' or 'steady'")
@@ -230,7 +232,9 @@ def filtered_mean(
     time = observations.shape[1]
     plan = _number_plan(time, process_var, measurement_var, init_var, gain, observations.device)
     if mask is None:
-        return recurrence.solve(plan, observations, start, dtype)
+        return recurrence.solve(plan, observations, start, dtype, out)
+    if out is not None:
+        raise ValueError("out is for observations without a mask")
     mask = _check_mask(mask, observations)
     if all_true(mask):
         return recurrence.solve(plan, observations, start, dtype)

@@ -20,10 +20,8 @@ from verl_krpo.kalman import filter as kalman_filter
 from verl_krpo.kalman import local_level, moments, saturated
 
 DEFAULTS = KpoConfig()
-# Tokens worked on at a time, at most. A CPU does a small tensor in one go, for the calls would cost more than the
-# arithmetic; else blocks stay in cache, and what one needs is small beside the tensor. Elsewhere few kernels count.
-CPU_BLOCK, DEVICE_BLOCK = 2**15, 2**22
-SCALARS = 14  # behind the metrics
+INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+MINUS_INF = {torch.float32: -(2**23), torch.float64: -(2**52)}  # read as such integers
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 
 
@@ -53,11 +51,15 @@ def compute_policy_loss(
         count = mask.sum(dim=-1, dtype=torch.int32)
         pair = (log_prob.detach(), old_log_prob)
         rule = _Rule(kpo, *_noise(pair, mask, kpo), low, high)
-        value, slope, host = _rows(pair, advantages, mask, rollout_is_weights, rule)
-        host = torch.cat([host, count]).cpu().numpy()  # the one wait for the device
-        scalars, counts = host[:SCALARS].tolist(), host[SCALARS:].astype(int)
+        scalars = _raw(pair, advantages, mask, rule)
+        x, hits = _filtered(pair, mask, rule)
+        value, slope, *of_filtered = _gains(x, advantages, mask, rollout_is_weights, rule)
+        pairs = torch.count_nonzero(mask[:, 1:] & mask[:, :-1])
+        scalars = torch.stack([*scalars, *of_filtered, pairs.float(), hits.float()]).double()
+        host = torch.cat([scalars, count]).cpu().numpy()  # the one wait for the device
+        scalars, counts = host[: len(scalars)].tolist(), host[len(scalars) :].astype(int)
         weight = _row_weights(loss_agg_mode, count, counts, mask.shape[-1], value.dtype, config.global_batch_info)
-    return _Sloped.apply(log_prob, value, slope, weight), _metrics(scalars, counts, mask.shape[-1], rule)
+    return _Sloped.apply(log_prob, value, slope, -weight), _metrics(scalars, counts, mask.shape[-1], rule)
 
 
 def settings(config: Any) -> KpoConfig:
@@ -104,16 +106,17 @@ def _log_ratio(pair, mask):
     """z (rows, tokens), 0 under the mask, in the dtype of the arithmetic."""
     dtype = _dtype(pair)
     new, old = (tensor.to(dtype) for tensor in pair)
-    return _keep(new - old, _bits(mask, dtype))
+    z = new - old
+    return _keep(z, _bits(mask, torch.empty_like(z)))
 
 
 def _dtype(pair):
     return torch.float64 if pair[0].dtype == torch.float64 else torch.float32
 
 
-def _bits(mask, dtype):
-    """All bits where the mask is true, none elsewhere: an integer tensor as wide as `dtype`, for `_keep`."""
-    return mask.view(torch.int8).to(torch.int64 if dtype == torch.float64 else torch.int32).neg_()
+def _bits(mask, out):
+    """All bits where the mask is true, none elsewhere, for `_keep`: integers in the memory of `out`, a float tensor."""
+    return out.view(INTEGERS[out.dtype]).copy_(mask.view(torch.int8)).neg_()
 
 
 def _keep(x, bits):
@@ -132,116 +135,108 @@ def _noise(pair, mask, kpo) -> tuple[moments.Noise, float]:
     return measured, measured.measurement_var
 
 
-def _rows(pair, advantages, mask, weights, rule):
-    """Per row the sum of its tokens' losses (rows,), their slope (rows, tokens), and the scalars behind the metrics."""
-    slope, saturates = _filtered(pair, mask, rule)  # a filtered log-ratio waits where its slope will be written
-    value = slope.new_zeros(len(slope))
-    zero = value.new_zeros(())
-    sums, counts, peaks = [zero.expand(8)], [zero.long().expand(4)], [zero]
-    for rows, spans in _blocks(mask):
-        # A block's first token has the last of the one before it for a neighbour.
-        before = mask.new_zeros(3, len(mask[rows]), 1)
-        for columns in spans:
-            at = (rows, columns)
-            new, old, advantage, seen = (tensor[at] for tensor in (*pair, advantages, mask))
-            weight = None if weights is None else weights[at]
-            loss, before, *of_block = _block(new, old, slope[at], advantage, seen, weight, before, rule)
-            value[rows] += loss
-            for tally, part in zip((sums, counts, peaks), of_block, strict=True):
-                tally.append(part)
-    hits = zero if saturates is None else torch.count_nonzero(saturates)
-    scalars = [torch.stack(part).double().sum(dim=0) for part in (sums, counts)]
-    return value, slope, torch.cat([*scalars, torch.stack([hits.double(), torch.stack(peaks).amax().double()])])
-
-
-def _blocks(mask):
-    """(rows, its spans of columns): whole rows where they fit in a block, so that it lies together in memory."""
-    rows, width = mask.shape
-    size = DEVICE_BLOCK
-    if mask.device.type == "cpu":
-        size = CPU_BLOCK if mask.numel() <= CPU_BLOCK else min(CPU_BLOCK, mask.numel() // 4)
-    height = min(rows, max(1, size // max(1, width)))
-    return ((part, _slices(width, max(1, size // height))) for part in _slices(rows, height))
-
-
 def _filtered(pair, mask, rule):
-    """x (rows, tokens), anything under the mask, and where innovations were clipped, if they are."""
+    """x (rows, tokens), anything under the mask, and how many innovations were clipped."""
     z = _log_ratio(pair, mask)
     model = dict(**rule.noise._asdict(), init_var=rule.kpo.init_var, gain=rule.kpo.gain.value)
     if rule.kpo.innovation_clip is not None:
-        return saturated.filtered_mean(z, mask, innovation_clip=rule.kpo.innovation_clip, **model)
-    # With nothing observed behind a masked token, the filter has nothing to skip.
-    solid = not kalman_filter.any_true(mask[:, 1:] > mask[:, :-1])
-    if z.device.type != "cpu":
-        return kalman_filter.filtered_mean(z, None if solid else mask, **model), None
-    if solid:
-        for rows in _slices(len(z), -(-len(z) // 2)):
-            z[rows] = kalman_filter.filtered_mean(z[rows], **model)
-    else:
+        x, saturates = saturated.filtered_mean(z, mask, innovation_clip=rule.kpo.innovation_clip, **model)
+        return x, torch.count_nonzero(saturates)
+    if not kalman_filter.any_true(mask[:, 1:] > mask[:, :-1]):
+        # Nothing is observed behind a masked token: nothing to skip. In halves, for float64 on the way takes memory.
+        for half in z.chunk(2):
+            kalman_filter.filtered_mean(half, **model, out=half)
+    elif z.device.type == "cpu":
         for row, seen in zip(z, mask, strict=True):  # one row's packed tokens at a time take little memory
             packed = row.masked_select(seen)[None]
-            row.masked_scatter_(seen, kalman_filter.filtered_mean(packed, **model))
-    return z, None
+            row.masked_scatter_(seen, kalman_filter.filtered_mean(packed, **model, out=packed))
+    else:
+        z = kalman_filter.filtered_mean(z, mask, **model)
+    return z, mask.new_zeros((), dtype=torch.int64)
 
 
-def _block(log_prob, old_log_prob, slope, advantages, seen, weight, before, rule):
-    """The losses of a block of tokens, (rows, tokens), from its log-ratios: of the filtered ones in `slope`.
+def _raw(pair, advantages, seen, rule):
+    """Of the ratios before the filter: the largest, what `_exponentiate` returns, how often neighbours differ."""
+    z = _log_ratio(pair, seen)
+    scratch = torch.empty_like(z)
+    peak = _largest(z, seen, scratch).exp_()
+    sums = _exponentiate(z, scratch, rule)
+    torch.mul(z, advantages, out=scratch)
+    clipped = _bound(z, advantages, rule).lt_(scratch).bool()
+    del scratch
+    return [peak, *sums, _switches(clipped, seen)]
 
-    Leaves the slope d loss_t / d log pi(y_t) where the filtered log-ratios were. Returns the rows' losses (rows,); of
-    the last tokens whether they were seen and are clipped, raw and filtered (3, rows, 1), as `before` is of the tokens
-    before the block; of raw and filtered each the sums of log-ratios, of their absolute values, of ratio - 1 and of its
-    square (8,); what `_counts` counts (4,); and the largest raw ratio.
+
+def _gains(x, advantages, seen, weight, rule):
+    """A token's gain is min(A ratio, A clip(ratio)), its loss with the other sign: per row their sum, (rows,).
+
+    Behind it d gain_t / d log pi(y_t), in the memory of the filtered log-ratios x; what `_exponentiate` returns, how
+    often neighbours differ, and how many tokens are clipped.
     """
-    kpo, dtype = rule.kpo, slope.dtype
-    bits = _bits(seen, dtype)
-    both = slope.new_empty(2, *slope.shape)
-    torch.sub(log_prob.to(dtype), old_log_prob.to(dtype), out=both[0])
-    both[1] = slope
-    _keep(both, bits)
-    of = [both.sum(dim=(1, 2)), both.abs().sum(dim=(1, 2))]
-    flat = both[1] > kpo.ratio_log_max
-    off = both.expm1_()  # ratio - 1: float32 keeps small ones exact
-    peak = _keep(off[0] + 1.0, bits).amax()
-    off.clamp_(max=math.expm1(kpo.ratio_log_max))
-    sums = torch.cat([*of, off.sum(dim=(1, 2)), torch.linalg.vector_norm(off, dim=(1, 2)).square_()])
-
-    cost = _keep(advantages.to(dtype).neg(), bits)
-    weight = None if weight is None else _keep(weight.to(dtype, copy=True), bits)
-    del bits
-    loss = off.add_(1.0) * cost
-    bounded = both.clamp_(1.0 - rule.low, 1.0 + rule.high).mul_(cost)
-    clipped = bounded > loss
-    loss = loss[1]
-    if kpo.clip:
-        torch.maximum(loss, bounded[1], out=loss)
-        flat |= clipped[1]
+    scratch = torch.empty_like(x)
+    _keep(x, _bits(seen, scratch))
+    sums = _exponentiate(x, scratch, rule)
+    torch.mul(x, advantages, out=scratch)
+    _bound(x, advantages, rule)
+    if rule.kpo.clip:
+        clipped = scratch.gt_(torch.minimum(scratch, x, out=x)).bool()
+    else:
+        clipped = x.lt_(scratch).bool()
+        x.copy_(scratch)
     if weight is not None:
-        loss *= weight
-    value = loss.sum(dim=-1)
-    del both, off, bounded, cost
-    slope.copy_(_keep(loss, _bits(flat.logical_not_(), dtype)))  # d ratio / d log pi = ratio
-    chain = torch.cat([before, torch.cat([seen[None], clipped])], dim=-1)
-    return value, chain[..., -1:].clone(), sums, _counts(chain), peak
+        x *= weight
+    value = _keep(x, _bits(seen, scratch)).sum(dim=-1)
+
+    # d ratio / d log pi = ratio, but 0 where the ratio stands at its upper bound, and where it is clipped.
+    torch.mul(advantages, _upper_bound(rule.kpo.ratio_log_max, x.dtype), out=scratch)
+    if weight is not None:
+        scratch *= weight
+    x *= scratch.ne_(x)
+    if rule.kpo.clip:
+        x.addcmul_(x, scratch.copy_(clipped), value=-1.0)
+    del scratch
+    return value, x, *sums, _switches(clipped, seen), torch.count_nonzero(clipped).float()
 
 
-def _counts(chain):
-    """Clipped tokens, neighbouring pairs, and pairs clipped differently, raw and filtered, (4,).
+@functools.lru_cache(maxsize=8)
+def _upper_bound(ratio_log_max, dtype):
+    """The largest ratio to the last bit, as `_exponentiate` makes it."""
+    return torch.tensor(math.expm1(ratio_log_max), dtype=dtype).add_(1.0).item()
 
-    chain: seen, clipped raw and clipped filtered (3, rows, 1 + tokens), with the token before them in front.
+
+def _largest(x, seen, scratch):
+    """The largest observed entry of x; -inf if there is none."""
+    bits = _bits(seen, scratch).bitwise_not_().bitwise_and_(MINUS_INF[x.dtype])
+    bits.bitwise_or_(x.view(bits.dtype))
+    return scratch.amax() if scratch.numel() else scratch.new_full((), -math.inf)
+
+
+def _exponentiate(x, scratch, rule):
+    """Log-ratios to ratios in place; the sums of x, of |x|, of ratio - 1 and of its square."""
+    sums = [x.sum(), torch.abs(x, out=scratch).sum()]
+    off = x.expm1_().clamp_(max=math.expm1(rule.kpo.ratio_log_max))  # float32 keeps small ones exact
+    sums += [off.sum(), torch.square(off, out=scratch).sum()]
+    off.add_(1.0)
+    return sums
+
+
+def _bound(ratio, advantages, rule):
+    """A clip(ratio), in the place of the ratio.
+
+    What is compared with it is compared in place, to 0 and 1: making bools of floats costs a CPU several times as much.
     """
-    here, before = chain[..., 1:], chain[..., :-1]
-    pairs = here[0] & before[0]
-    raw, filtered = (here[1:] ^ before[1:]).logical_and_(pairs)
-    return torch.stack([torch.count_nonzero(part) for part in (here[2], pairs, raw, filtered)])
+    return ratio.clamp_(1.0 - rule.low, 1.0 + rule.high).mul_(advantages)
 
 
-def _slices(n, size):
-    return (slice(start, start + size) for start in range(0, n, max(1, size)))
+def _switches(clipped, seen):
+    """How many pairs of neighbouring observed tokens have one clipped and the other not, as a float."""
+    differ = clipped[:, 1:] ^ clipped[:, :-1]
+    return torch.count_nonzero(differ.logical_and_(seen[:, 1:]).logical_and_(seen[:, :-1])).float()
 
 
 def _metrics(scalars: list[float], counts: np.ndarray, width: int, rule: _Rule) -> dict[str, float]:
     kpo, noise = rule.kpo, rule.noise
-    z, _, z_abs, x_abs, raw, off, raw_sq, off_sq, clipped, pairs, switch_raw, switch, hits, peak = scalars
+    peak, z, z_abs, raw, raw_sq, switch_raw, _, x_abs, off, off_sq, switch, clipped, pairs, hits = scalars
     n, pairs, last = max(1, int(counts.sum())), max(1.0, pairs), counts[counts > 0] - 1
     if kpo.gain is Gain.steady:
         gain = local_level.steady_gain(*noise)
