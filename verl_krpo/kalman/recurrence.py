@@ -150,35 +150,37 @@ def _run(segments: Plan, values: torch.Tensor, initial: torch.Tensor | float, re
     last = torch.empty(rows, dtype=torch.float64, device=values.device).copy_(torch.as_tensor(initial))
     if values.numel() == 0:
         return last
-    width = min(n, max(segment.steps for segment in segments))
+    steps = [segment.steps for segment in segments]
+    width = max(steps)
     height = min(rows, max(1, block // width))
-    buffer = torch.empty(height * width, dtype=torch.float64, device=values.device)
+    buffer = torch.empty(height, width, dtype=torch.float64, device=values.device)
     for top in range(0, rows, height):
-        part, left = slice(top, min(top + height, rows)), 0
-        start = last[part]
-        for segment in segments:
-            rise, fall, hand = (c if len(c) == 1 else c[part] for c in segment[:3])
-            right = left + segment.steps
-            sums = buffer[: len(start) * (right - left)].view(len(start), right - left)
-            sums.copy_(values[part, left:right])
-            chunked = sums.view(len(start), *fall.shape[1:])
-            chunked.mul_(rise)
-            if segment.between is None:
-                sums[:, 0].add_(start)
-                torch.cumsum(sums, dim=-1, out=sums)
-                start = hand * sums[:, -1]
+        part = slice(top, min(top + height, rows))
+        state, wide = last[part], buffer[: part.stop - top]
+        pieces = (x[part].split_with_sizes(steps, dim=1) for x in (values, result))
+        for (rise, fall, hand, between), z, x in zip(segments, *pieces, strict=True):
+            if len(fall) > 1:
+                rise, fall, hand = rise[part], fall[part], hand[part]
+                between = between and _rows(between, part)
+            sums = wide if z.shape[1] == width else wide[:, : z.shape[1]]
+            sums.copy_(z)
+            if between is None:
+                sums.mul_(rise)
+                sums.select(1, 0).add_(state)
+                torch.cumsum(sums, dim=1, out=sums)
+                torch.mul(hand, sums.select(1, -1), out=state)
+                sums.mul_(fall)
             else:
-                torch.cumsum(chunked, dim=-1, out=chunked)
-                between = segment.between if len(rise) == 1 else _rows(segment.between, part)
+                chunked = sums.view(len(z), *fall.shape[1:])
+                chunked.mul_(rise)
+                torch.cumsum(chunked, dim=2, out=chunked)
                 starts = torch.empty(chunked.shape[:2], dtype=torch.float64, device=values.device)
-                _run(between, chunked[..., -1], start, starts)
-                chunked[:, 0].add_(start[:, None])
+                _run(between, chunked[..., -1], state, starts)
+                chunked[:, 0].add_(state[:, None])
                 chunked[:, 1:].add_(starts[:, :-1, None])
-                start = starts[:, -1]
-            chunked.mul_(fall)
-            result[part, left:right] = sums
-            left = right
-        last[part] = start
+                state.copy_(starts[:, -1])
+                chunked.mul_(fall)
+            x.copy_(sums)
     return last
 
 
