@@ -75,8 +75,9 @@ def others_prior(groups, at, init_mean=None):
 
 
 def noise_var(groups):
-    """R over all groups; groups: lists of rewards."""
-    return sum(((g - np.mean(g)) ** 2).sum() for g in groups) / (sum(map(len, groups)) - len(groups))
+    """R over all groups with eight more rewards that vary as all of them do; groups: lists of rewards."""
+    within = sum(((g - np.mean(g)) ** 2).sum() for g in groups)
+    return (within + 8 * np.var(np.concatenate(groups), ddof=1)) / (sum(map(len, groups)) - len(groups) + 8)
 
 
 def krpo_batch(rewards, uids, tokens=3, masked=(), **settings):

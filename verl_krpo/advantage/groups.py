@@ -80,9 +80,8 @@ def group(index: object, counted: torch.Tensor, order: Order = Order.arrival) ->
     if missing.any():
         raise ValueError(f"no prompt id (None or NaN) in index at rows {rows[missing[codes]][:8].tolist()}")
 
-    # One sort of (group, arrival) packed in an integer: faster than a stable argsort of the codes.
-    total = max(len(rows), 1)
-    members = np.sort(codes * total + np.arange(len(rows))) % total
+    # A stable sort of 16 bits is numpy's radix sort, many times faster than one of 64.
+    members = np.argsort(codes.astype(np.min_scalar_type(len(uniques))), kind="stable")
     codes, rows = codes[members], rows[members]
     sizes = np.bincount(codes, minlength=len(uniques))
     width = int(sizes.max(initial=1))

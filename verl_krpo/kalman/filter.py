@@ -15,6 +15,7 @@ import torch
 from verl_krpo.kalman import local_level, recurrence
 
 HOLES_BLOCK = 1 << 17  # elements that are moved together and back at a time
+SHORT = 64  # observations: rows up to here, if they have parameters of their own, are filtered step by step
 
 Number = float | torch.Tensor
 
@@ -252,6 +253,11 @@ def any_true(mask: torch.Tensor) -> bool:
     return mask.numel() > 0 and bool(mask.view(torch.uint8).amax())
 
 
+def any_in_rows(mask: torch.Tensor) -> torch.Tensor:
+    """mask.any(dim=1) of a bool tensor, on a CPU many times faster."""
+    return mask.view(torch.uint8).amax(dim=1).bool() if mask.numel() else mask.any(dim=1)
+
+
 def all_true(mask: torch.Tensor) -> bool:
     """mask.all() of a bool tensor, on a CPU many times faster."""
     return mask.numel() == 0 or bool(mask.view(torch.uint8).amin())
@@ -441,12 +447,28 @@ def _start(packed: _Packed) -> torch.Tensor:
 
 def _forward(packed: _Packed) -> Belief:
     """x_{i|i}, (batch, n + 1), and P_{i|i}, (batch or 1, n + 1), for i = 0..n: float64, column 0 is the prior."""
+    if packed.values.shape[1] <= SHORT and any(isinstance(v, torch.Tensor) for v in packed.parameters):
+        return _walk(packed)
     plan, var = _model(packed)
     mean = recurrence.solve(plan, packed.values, _start(packed), torch.float64)
     return Belief(
         torch.cat([packed.init_mean.expand(len(mean), 1), mean], dim=1),
         torch.cat([packed.init_var.expand(len(var), 1), var], dim=1),
     )
+
+
+def _walk(packed: _Packed) -> Belief:
+    """`_forward` step by step: for many short rows with parameters of their own, quicker than closed forms for each."""
+    q, r = packed.process_var, packed.measurement_var
+    x, p = _start(packed)[:, None], packed.init_var
+    means, variances = [packed.init_mean.expand_as(x)], [p]
+    for z in packed.values.to(x.dtype).split(1, dim=1):
+        # (P + Q) / (P + Q + R), but 1 where that is inf / inf, and 0 where it is 0 / 0: what is certain stays.
+        gain = (r / (p + q)).add_(1.0).reciprocal_().nan_to_num_(0.0)
+        x, p = torch.lerp(x, z, gain), r * gain
+        means.append(x)
+        variances.append(p)
+    return Belief(torch.cat(means, dim=1), torch.cat(torch.broadcast_tensors(*variances), dim=1))
 
 
 def _diffuse(packed: _Packed, values: torch.Tensor) -> _Packed:

@@ -38,10 +38,11 @@ def check_variance(name: str, value: float | torch.Tensor, *, infinite: bool = F
         return
     if value.ndim > 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: give a number or one value a row, (batch,)")
+    if value.numel() == 0 or (value.amin() >= 0 and (infinite or value.amax() < math.inf)):  # not if there is a NaN
+        return
     wrong = ~((value >= 0) & (infinite | value.isfinite()))
-    if wrong.any():
-        row = int(wrong.reshape(-1).nonzero()[0])
-        raise ValueError(f"{name}={value.reshape(-1)[row].item()} in row {row} {rule}")
+    row = int(wrong.reshape(-1).nonzero()[0])
+    raise ValueError(f"{name}={value.reshape(-1)[row].item()} in row {row} {rule}")
 
 
 def schedule(
@@ -106,9 +107,12 @@ def window(
     if start == 0:
         predicted_var[..., :1] = init_var
     predicted_var += process_var
-    total = predicted_var + measurement_var
-    gain = torch.where(measurement_var > 0, gain[..., 1:].clamp_(max=1.0), (predicted_var > 0).double())
-    return gain, torch.where(total > 0, measurement_var / total, 1.0), predicted_var
+    keep = measurement_var / (predicted_var + measurement_var)
+    gain = gain[..., 1:].clamp_(max=1.0)
+    if not measurement_var.all():  # R = 0: what is observed is the state, unless that is known already
+        gain = torch.where(measurement_var > 0, gain, (predicted_var > 0).double())
+        keep = torch.where(measurement_var + predicted_var > 0, keep, 1.0)
+    return gain, keep, predicted_var
 
 
 def steady_gain(process_var: float, measurement_var: float) -> float:
