@@ -14,8 +14,7 @@ reward it is subtracted from. With sums over the other groups h, N = sum n_h, me
 
 What divides needs no such independence, must not be small just because this group's rewards are the first that differ
 (one success in a batch would count a hundredfold), and should fluctuate little from batch to batch. So scales take R
-over all groups, this one included, shrunk towards the variance of all rewards of the batch as if SHRINKAGE more had been
-seen that vary as much:
+over all groups, this one included, as if SHRINKAGE more rewards had been seen that vary as all of the batch do:
 
     (sum_hj (r_hj - mean_h)^2 + SHRINKAGE var(r)) / (N - groups + SHRINKAGE)
 

@@ -25,7 +25,8 @@ MEASURES = {
 }
 PROMPTS = (16, 64, 256)
 SIZES = (2, 4, 8, 16)
-REWARDS = 300_000  # a cell, so that small batches are as many as it takes
+REWARDS = 1_000_000  # a cell, so that small batches are as many as it takes
+BATCHES = 4000  # a cell, at most
 
 
 def measure(seed: int = 0, prompts: tuple = PROMPTS, sizes: tuple = SIZES, rewards: int = REWARDS) -> list[dict]:
@@ -42,7 +43,7 @@ def measure(seed: int = 0, prompts: tuple = PROMPTS, sizes: tuple = SIZES, rewar
         for count in prompts:
             for size in sizes:
                 batches = max(40, rewards // (2 * count * size))
-                _, row, baseline = estimator.cell(law, count, size, forms, min(batches, 1000), rng)
+                _, row, baseline = estimator.cell(law, count, size, forms, min(batches, BATCHES), rng)
                 for end in ("", "_low", "_high"):
                     row[f"snr_unscaled{end}"] = baseline[f"snr_independent{end}"]
                 rows.append(row)
