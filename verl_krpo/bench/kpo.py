@@ -119,7 +119,7 @@ def _rows(rows: int, width: int, holes: bool, rounds: int, device: str) -> list[
             "ms": statistics.median(times[name]) * 1e3,
             "/ vanilla": median_ratio(times[name], times["vanilla"]),
             "/ published": median_ratio(times[name], times["published"]),
-            "peak memory / log-probs": peak_bytes(call, device) / tensors[1].nbytes,
+            "peak extra memory / log-probs": peak_bytes(call, device) / tensors[1].nbytes,
         }
         for name, call in calls.items()
     ]

@@ -81,7 +81,7 @@ def _rows(prompts: int, size: int, rounds: int) -> list[dict]:
             "ms": statistics.median(times[name]) * 1e3,
             "grpo takes": median_ratio(times["grpo"], times[name]),
             "grpo_vectorized takes": median_ratio(times["grpo_vectorized"], times[name]),
-            "peak memory / token_level_rewards": peak_bytes(call) / rewards.nbytes,
+            "peak extra memory / token_level_rewards": peak_bytes(call) / rewards.nbytes,
         }
         for name, call in calls.items()
     ]

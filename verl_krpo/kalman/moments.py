@@ -24,11 +24,10 @@ def from_differences(
     largest_ratio], R then being the one that explains E d_t^2. A sample of n differences knows Q/R to about
     3 / sqrt(n): what is smaller ends at the lower bound as often as not.
     """
-    values = torch.where(mask, observations.detach(), 0)
     pair = mask[:, 1:] & mask[:, :-1]
-    d = torch.where(pair, values[:, 1:] - values[:, :-1], 0)
-    triple = pair[:, 1:] & pair[:, :-1]
-    sums = [d.square().sum(), pair.sum(), (d[:, 1:] * d[:, :-1]).masked_fill_(~triple, 0).sum(), triple.sum()]
+    d = (observations[:, 1:] - observations[:, :-1]).detach().masked_fill_(~pair, 0)
+    triples = torch.count_nonzero(pair[:, 1:] & pair[:, :-1])
+    sums = [d.square().sum(), torch.count_nonzero(pair), (d[:, 1:] * d[:, :-1]).sum(), triples]
     square, pairs, product, triples = torch.stack([s.double() for s in sums]).tolist()
     variance = square / max(1.0, pairs)
     if variance == 0:

@@ -46,7 +46,7 @@ def plan(n: int, coefficients: Callable[[int, int], tuple[torch.Tensor, torch.Te
     """The segments of n steps; coefficients(start, stop) gives a and k of those steps, (rows or 1, stop - start)."""
     segments, start, stop, same = [], 0, 0, ()
     while start < n:
-        decay, weight = torch.broadcast_tensors(*coefficients(start, min(start + WINDOW, n)))
+        decay, weight = coefficients(start, min(start + WINDOW, n))
         if len(decay) == 0:  # no rows: nothing to solve
             break
         if segments and all(torch.equal(new[:, :stop], old) for new, old in zip((decay, weight), same, strict=True)):
@@ -54,8 +54,10 @@ def plan(n: int, coefficients: Callable[[int, int], tuple[torch.Tensor, torch.Te
             start += stop
             continue
         decay, width = decay.clamp(min=FLOOR), decay.shape[1]
-        decades = -decay.amin(dim=0).log10()
-        fits = int((decades.cumsum(dim=0) <= DECADES).sum())
+        fits = width
+        if -width * math.log10(decay.amin()) > DECADES:  # else the steepest decay fits all along
+            decades = -decay.amin(dim=0).log10()
+            fits = int((decades.cumsum(dim=0) <= DECADES).sum())
         if fits == width or fits >= WINDOW // 8:
             chunks, length = 1, fits
         else:

@@ -10,12 +10,15 @@ up to t, hence a pattern right up to t + 1: as many rounds as there are tokens s
 is cut into windows, each starting from the exact state, which bounds what an adversarial sequence can cost.
 """
 
+import itertools
+
 import torch
 
 from verl_krpo.kalman import local_level
 from verl_krpo.kalman.recurrence import plan, solve
 
-WINDOW = 2048
+WINDOW = 1 << 15  # tokens of all rows
+PATIENCE = 3  # rounds before it is asked whether what still changes is rounding only
 ROUNDING = 4 * torch.finfo(torch.float64).eps
 
 
@@ -44,26 +47,31 @@ def filtered_mean(
     rows, time = observations.shape
     device = observations.device
     dtype = torch.float64 if observations.dtype == torch.float64 else torch.float32
-    seen = torch.ones_like(observations, dtype=torch.bool) if mask is None else mask.bool()
     gains, variances = _model(time, process_var, measurement_var, init_var, gain)
     # One more entry in front: what the gain index finds before the first observation.
     gains = torch.cat([gains.new_zeros(1), gains]).to(device)
-    scale = torch.cat([variances.new_ones(1), variances]).sqrt().to(device)
+    variances = torch.cat([variances.new_full((1,), measurement_var), variances]).to(device)
+    keeps, bounds = measurement_var / variances, innovation_clip * variances.sqrt()  # 1 - K without cancellation
 
     mean = torch.empty(rows, time, dtype=dtype, device=device)
     saturated = torch.empty(rows, time, dtype=torch.bool, device=device)
     state = torch.full((rows,), init_mean, dtype=torch.float64, device=device)
-    rank = torch.zeros(rows, 1, dtype=torch.long, device=device)
-    for start in range(0, time, WINDOW):
-        at = (slice(None), slice(start, start + WINDOW))
-        index = rank + seen[at].cumsum(dim=1)
-        rank = index[:, -1:]
-        k = torch.where(seen[at], gains[index], 0.0)
-        keep = torch.where(seen[at], measurement_var / scale[index].square(), 1.0)  # 1 - K without cancellation
-        z = torch.where(seen[at], observations.detach()[at], 0.0).to(torch.float64)
-        x, side = _window(z, k, keep, innovation_clip * scale[index], state)
+    index = torch.zeros(1 if mask is None else rows, 1, dtype=torch.long, device=device)
+    window = max(1, WINDOW // max(1, rows))
+    for start in range(0, time, window):
+        at = (slice(None), slice(start, start + window))
+        z = observations.detach()[at]
+        if mask is None:
+            index = torch.arange(start + 1, start + 1 + z.shape[1], device=device)[None]
+            k, keep = gains[index], keeps[index]
+        else:
+            seen = mask[at].bool()
+            index = index[:, -1:] + seen.cumsum(dim=1)
+            k, keep = torch.where(seen, gains[index], 0.0), torch.where(seen, keeps[index], 1.0)
+            z = torch.where(seen, z, 0.0)
+        x, side = _window(z.to(torch.float64), k, keep, bounds[index], state)
         state = x[:, -1]
-        mean[at], saturated[at] = x.to(dtype), seen[at] & (side != 0)
+        mean[at], saturated[at] = x.to(dtype), side != 0 if mask is None else seen & (side != 0)
     return mean, saturated
 
 
@@ -79,7 +87,7 @@ def _model(n, process_var, measurement_var, init_var, gain):
 def _window(z, k, keep, bound, start):
     """The states of one window and the side (-1, 0, 1) on which each innovation saturates; float64 (rows, time)."""
     x, side = _linear(keep, k * z, start), torch.zeros_like(z, dtype=torch.int8)
-    while True:
+    for turn in itertools.count():
         innovation = z - torch.cat([start[:, None], x[:, :-1]], dim=1)
         new = (innovation > bound).to(torch.int8) - (innovation < -bound).to(torch.int8)
         if torch.equal(new, side):
@@ -88,7 +96,7 @@ def _window(z, k, keep, bound, start):
         before, side = x, new
         x = _linear(torch.where(free, keep, 1.0), torch.where(free, k * z, new * (k * bound)), start)
         # An innovation that lies on its bound may change sides for ever, by rounding and without effect.
-        if ((x - before).abs() <= ROUNDING * (x.abs() + before.abs())).all():
+        if turn >= PATIENCE and ((x - before).abs() <= ROUNDING * (x.abs() + before.abs())).all():
             return x, side
 
 

@@ -139,12 +139,14 @@ def _filtered(pair, mask, rule):
     """x (rows, tokens), anything under the mask, and how many innovations were clipped."""
     z = _log_ratio(pair, mask)
     model = dict(**rule.noise._asdict(), init_var=rule.kpo.init_var, gain=rule.kpo.gain.value)
+    # With nothing observed behind a masked token, the filter has nothing to skip.
+    holes = kalman_filter.any_true(mask[:, 1:] > mask[:, :-1])
     if rule.kpo.innovation_clip is not None:
-        x, saturates = saturated.filtered_mean(z, mask, innovation_clip=rule.kpo.innovation_clip, **model)
-        return x, torch.count_nonzero(saturates)
-    if not kalman_filter.any_true(mask[:, 1:] > mask[:, :-1]):
-        # Nothing is observed behind a masked token: nothing to skip. In halves, for float64 on the way takes memory.
-        for half in z.chunk(2):
+        model["innovation_clip"] = rule.kpo.innovation_clip
+        x, saturates = saturated.filtered_mean(z, mask if holes else None, **model)
+        return x, torch.count_nonzero(saturates & mask)
+    if not holes:
+        for half in z.chunk(2):  # for float64 on the way takes memory
             kalman_filter.filtered_mean(half, **model, out=half)
     elif z.device.type == "cpu":
         for row, seen in zip(z, mask, strict=True):  # one row's packed tokens at a time take little memory
