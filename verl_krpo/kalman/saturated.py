@@ -17,7 +17,7 @@ import torch
 from verl_krpo.kalman import local_level
 from verl_krpo.kalman.recurrence import plan, solve
 
-WINDOW = 1 << 15  # tokens of all rows
+WINDOW = 1 << 14  # tokens of all rows
 PATIENCE = 3  # rounds before it is asked whether what still changes is rounding only
 ROUNDING = 4 * torch.finfo(torch.float64).eps
 
