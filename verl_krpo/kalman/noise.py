@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from verl_krpo.kalman import filter as kalman
+from verl_krpo.kalman import moments
 
 DECADES = 12  # the likelihood is searched for Q/R and P0/R in 10^-12..10^12, and at 0
 SIDE = 9  # candidates a side of the search grid
@@ -33,17 +34,13 @@ def by_moments(observations: torch.Tensor, mask: torch.Tensor | None = None) -> 
     `kalman.filter`. Quick and consistent, but rough on few data. ValueError without a row of two observations.
     """
     z, seen = _packed(observations, mask)
-    pair = seen[:, 1:]
-    d = torch.where(pair, z[:, 1:] - z[:, :-1], 0.0)
-    triple = pair[:, 1:]
-    variance = d.square().sum() / pair.sum()
-    covariance = torch.where(triple, d[:, 1:] * d[:, :-1], 0.0).sum() / triple.sum().clamp(min=1)
-    measurement_var = (-covariance).clamp(min=0).minimum(variance / 2)
+    variance, covariance = moments.of_differences(z, seen)
+    measurement_var = min(max(-covariance, 0.0), variance / 2)
     process_var = variance - 2 * measurement_var
 
     first = z[seen[:, 0], 0]
     init_var = (first.var(correction=0) - process_var - measurement_var).clamp(min=0)
-    return Noise(*(float(v) for v in (process_var, measurement_var, first.mean(), init_var)))
+    return Noise(process_var, measurement_var, float(first.mean()), float(init_var))
 
 
 def by_likelihood(observations: torch.Tensor, mask: torch.Tensor | None = None) -> Noise:
