@@ -91,10 +91,10 @@ def group(index: object, counted: torch.Tensor, order: Order = Order.arrival) ->
     full = len(rows) == len(uniques) * width
 
     if order == Order.shuffled:
-        # Halved: below the filling, so that absent members sort last.
-        keys = np.full(len(uniques) * width, np.iinfo(np.uint64).max)
-        keys[slots] = _mix(_hash(uniques)[codes], places) >> np.uint64(1)
-        ranked = np.argsort(keys.reshape(-1, width), axis=1)
+        keys = _mix(_hash(uniques)[:, None], np.arange(width)) >> np.uint64(1)
+        if not full:  # absent members sort last: halved, every key is below this one
+            keys[np.arange(width) >= sizes[:, None]] = np.iinfo(np.uint64).max
+        ranked = np.argsort(keys, axis=1)
         arrived = (ranked + starts[:, None]).reshape(-1)
         rows = rows[arrived if full else arrived[slots]]
 
