@@ -1,5 +1,7 @@
 """Shared by every room: composing verl's config as its driver does."""
 
+import random
+import socket
 from pathlib import Path
 
 import pytest
@@ -22,3 +24,24 @@ def compose():
             return hydra.compose(name, overrides=list(overrides))
 
     return composed
+
+
+@pytest.fixture(scope="session")
+def free_ports():
+    """free_ports(count) -> ports that nobody listens at.
+
+    None of those that the system (from 32768 on, say) or Ray's workers (10002 to 19999) give to whoever asks for any
+    port: between the choice and its use one of them would be taken now and then.
+    """
+
+    def free(count):
+        ports = []
+        for port in random.Random().sample(range(20_000, 32_000), 500):
+            with socket.socket() as one:
+                if one.connect_ex(("127.0.0.1", port)):
+                    ports.append(port)
+            if len(ports) == count:
+                return ports
+        pytest.fail(f"no {count} free ports")
+
+    return free

@@ -120,10 +120,8 @@ def test_a_typo_in_a_key():
     assert "algorithm.krpo.proces_var" in "".join(done.stdout.split())
 
 
-def test_a_ray_worker_without_the_package(bare_python):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_a_ray_worker_without_the_package(bare_python, free_ports):
+    (port,) = free_ports(1)
     host = ray.util.get_node_ip_address()
     short = tempfile.mkdtemp(prefix="ray")  # its own folder, so that no other driver joins; sockets need a short path
     head = subprocess.Popen(

@@ -1,5 +1,6 @@
 """What is missing is named with what mends it; a machine that has all is passed."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from verl_krpo import preflight
+from verl_krpo import doctor, preflight
 
 RECIPES = Path(__file__).parents[1] / "recipes/config"
 
@@ -163,6 +164,16 @@ def test_several_nodes_need_a_cluster(job, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (lack,) = preflight.cluster(job("trainer.nnodes=2"))
     assert "RAY_ADDRESS is not set" in lack.what and "scripts/ray_head.sh" in lack.mend
+
+
+def test_a_ray_that_never_answers_is_named(job, monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(doctor, "RAY_SECONDS", 15)
+        (lack,) = preflight.cluster(job("trainer.nnodes=2"))
+    assert "within 15 s" in lack.what and "127.0.0.1:" in lack.what and "ray stop" in lack.mend
 
 
 def test_everything_that_is_missing_is_named_at_once(model, tmp_path):

@@ -198,28 +198,38 @@ def _backend() -> Finding:
     )
 
 
-def _in_ray() -> list[Finding]:
-    """`ray_findings` from a process of its own: ray.init can wait for ever for a cluster that has died."""
-    code = (
-        "import dataclasses, json\nfrom verl_krpo import doctor\n"
-        "print(json.dumps([dataclasses.asdict(finding) for finding in doctor.ray_findings()]))"
-    )
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+def ask_ray(code: str, **pipes) -> subprocess.CompletedProcess | None:
+    """Run Python code that asks Ray in a process of its own, standard output as text; None: no end in RAY_SECONDS.
+
+    ray.init can wait for ever for a cluster that has died.
+    """
+    pipes = {"stdout": subprocess.PIPE, "text": True} | pipes
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes)
     try:
         output, errors = process.communicate(timeout=RAY_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+        return None
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def _in_ray() -> list[Finding]:
+    done = ask_ray(
+        "import dataclasses, json\nfrom verl_krpo import doctor\n"
+        "print(json.dumps([dataclasses.asdict(finding) for finding in doctor.ray_findings()]))",
+        stderr=subprocess.PIPE,
+    )
+    if done is None:
         cluster = os.environ.get("RAY_ADDRESS") or "the cluster that last ran on this machine, or a new one"
         text = (
             f"Ray did not answer within {RAY_SECONDS} s ({cluster}), and a verl job would wait as well: start it, "
             "or run `ray stop --force`, which also removes what a Ray that died has left behind"
         )
         return [Finding("plugin in a Ray worker", "failure", text, code=NOT_IN_WORKER)]
-    if process.returncode:
-        return [Finding("plugin in a Ray worker", "failure", "Ray fails", detail=errors, code=NOT_IN_WORKER)]
-    return [Finding(**finding) for finding in json.loads(output.splitlines()[-1])]
+    if done.returncode:
+        return [Finding("plugin in a Ray worker", "failure", "Ray fails", detail=done.stderr, code=NOT_IN_WORKER)]
+    return [Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])]
 
 
 def ray_findings() -> list[Finding]:

@@ -5,6 +5,7 @@ Everything that is missing is named at once, each with what mends it; the exit s
     --prepares-data    the recipe writes the data files itself, later
 """
 
+import json
 import math
 import os
 import subprocess
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 IMPORT_SECONDS, JOIN_SECONDS, NODE_SECONDS, HUB_SECONDS = 300, 60, 180, 10
 # Bytes a parameter in a checkpoint of verl's: float32 weights and Adam's two moments.
 CHECKPOINT_BYTES = 12
+START_RAY = "bash scripts/ray_head.sh on one node, bash scripts/ray_worker.sh HEAD_IP on the others; RAY_ADDRESS=auto"
 COLUMNS = ("prompt", "data_source", "reward_model")
 
 
@@ -203,6 +205,29 @@ def _weights(path: str) -> int:
 
 def cluster(config: DictConfig) -> list[Lack]:
     """A running Ray cluster with enough nodes and GPUs; on each node the plugin, the local model and the data."""
+    from verl_krpo import doctor
+
+    trainer = config.trainer
+    address = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
+    if not address:
+        return [Lack(f"NNODES={trainer.nnodes} needs a Ray cluster, and RAY_ADDRESS is not set", START_RAY)]
+    paths = [path for path in (*_data_files(config), config.actor_rollout_ref.model.path) if Path(path).exists()]
+    paths = [str(Path(path).absolute()) for path in paths]
+    asked = (address, trainer.nnodes, trainer.n_gpus_per_node, paths)
+    done = doctor.ask_ray(
+        "import dataclasses, json\nfrom verl_krpo import preflight\n"
+        f"print(json.dumps([dataclasses.asdict(lack) for lack in preflight.cluster_lacks(*{asked!r})]))"
+    )
+    if done is None:
+        what = f"no answer from Ray at RAY_ADDRESS={address} within {doctor.RAY_SECONDS} s"
+        return [Lack(what, f"end what is left of it (`ray stop --force` on every node), then {START_RAY}")]
+    if done.returncode:
+        return [Lack(f"asking Ray at RAY_ADDRESS={address} fails, as told above", START_RAY)]
+    return [Lack(**lack) for lack in json.loads(done.stdout.splitlines()[-1])]
+
+
+def cluster_lacks(address: str, nnodes: int, gpus: int, paths: list[str]) -> list[Lack]:
+    """What the Ray cluster at this address lacks: nodes with as many GPUs, and on each the plugin and these paths."""
     import inspect
 
     import ray
@@ -211,36 +236,25 @@ def cluster(config: DictConfig) -> list[Lack]:
 
     from verl_krpo import doctor
 
-    trainer = config.trainer
-    start = "bash scripts/ray_head.sh on one node, bash scripts/ray_worker.sh HEAD_IP on the others; RAY_ADDRESS=auto"
-    if not os.environ.get("RAY_ADDRESS") and not config.ray_kwargs.ray_init.get("address"):
-        return [Lack(f"NNODES={trainer.nnodes} needs a Ray cluster, and RAY_ADDRESS is not set", start)]
-    address = config.ray_kwargs.ray_init.get("address") or os.environ["RAY_ADDRESS"]
+    environment = get_ppo_ray_runtime_env()
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env=get_ppo_ray_runtime_env(),
-        )
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
     except ConnectionError as error:
-        start += "; where Ray asks for a token: RAY_AUTH_MODE=token and the head's ~/.ray/auth_token"
-        return [Lack(f"no answer from Ray at RAY_ADDRESS={address} ({str(error).splitlines()[0]})", start)]
+        mend = f"{START_RAY}; where Ray asks for a token: RAY_AUTH_MODE=token and the head's ~/.ray/auth_token"
+        return [Lack(f"no answer from Ray at RAY_ADDRESS={address} ({str(error).splitlines()[0]})", mend)]
     try:
-        nodes, able = _nodes(trainer.n_gpus_per_node)
+        nodes, able = _nodes(gpus)
         until = time.monotonic() + JOIN_SECONDS
-        while len(able) < trainer.nnodes and time.monotonic() < until:
-            print(f"waiting for Ray nodes: {len(able)} of {trainer.nnodes}", file=sys.stderr)
+        while len(able) < nnodes and time.monotonic() < until:
+            print(f"waiting for Ray nodes: {len(able)} of {nnodes}", file=sys.stderr)
             time.sleep(5)
-            nodes, able = _nodes(trainer.n_gpus_per_node)
+            nodes, able = _nodes(gpus)
         lacks = []
-        if len(able) < trainer.nnodes:
-            wanted = f"{trainer.nnodes} nodes with {trainer.n_gpus_per_node} GPUs each asked for"
-            lacks.append(Lack(f"{wanted}; Ray at {address} has {len(able)} (of {len(nodes)} nodes)", start))
+        if len(able) < nnodes:
+            wanted = f"{nnodes} nodes with {gpus} GPUs each asked for"
+            lacks.append(Lack(f"{wanted}; Ray at {address} has {len(able)} (of {len(nodes)} nodes)", START_RAY))
         shipped = {"__name__": "__main__"}  # pickled by value: a node without the package can still run it
         exec(inspect.getsource(doctor.probe) + inspect.getsource(_absent), shipped)
-        paths = [path for path in (*_data_files(config), config.actor_rollout_ref.model.path) if Path(path).exists()]
-        paths = [str(Path(path).absolute()) for path in paths]
         answers = []
         for node in nodes:
             there = {"num_cpus": 0, "max_retries": 0}
@@ -252,12 +266,8 @@ def cluster(config: DictConfig) -> list[Lack]:
             found, missing = ray.get([probed, absent], timeout=NODE_SECONDS)
             finding = doctor.judge(found, f"a Ray worker on {host}")
             if finding.code:
-                lacks.append(
-                    Lack(
-                        f"node {host}: {finding.text}",
-                        f"on {host}: pip install the checkout (pip install .) in that environment",
-                    )
-                )
+                mend = f"on {host}: pip install the checkout (pip install .) in that environment"
+                lacks.append(Lack(f"node {host}: {finding.text}", mend))
             for path in missing:
                 lacks.append(Lack(f"node {host} does not see {path}", "put it on a file system that every node mounts"))
         return lacks

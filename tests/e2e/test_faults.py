@@ -5,7 +5,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -156,7 +155,7 @@ def test_a_llama_trains_on_two_ranks(start, tmp_path):
 
 
 @pytest.fixture
-def cluster(tmp_path_factory):
+def cluster(tmp_path_factory, free_ports):
     """Two Ray nodes on loopback, by the scripts: (environment of a job there, the head's process, the other's)."""
     folder = tmp_path_factory.mktemp("ray")
     ports = iter(free_ports(12))
@@ -189,16 +188,6 @@ def cluster(tmp_path_factory):
                 other.kill()
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 def test_two_ray_nodes_train_and_a_lost_node_ends_the_job(start, cluster, job_inputs, tmp_path):
     environment, _, worker = cluster
     two = ["trainer.nnodes=2", "trainer.n_gpus_per_node=1", "trainer.total_training_steps=1000", "trainer.save_freq=-1"]
@@ -213,7 +202,7 @@ def test_two_ray_nodes_train_and_a_lost_node_ends_the_job(start, cluster, job_in
             env=os.environ | environment | {"VERL_PLATFORM": "cpu"},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=300,
         )
         if done.returncode == 0:
             break
