@@ -72,9 +72,9 @@ def prior_of(values: torch.Tensor, groups: Groups, settings: KrpoConfig) -> Prio
     noise_var = measurement_var
     if measurement_var == BATCH:
         measurement_var = _variance(others_within, total - count)
-        rewards = sizes.sum(dim=0, keepdim=True)
-        variance = (within.sum() + (sizes * centered.square()).sum()) / (rewards - 1).clamp(min=1)
-        noise_var = _variance(within.sum() + SHRINKAGE * variance, rewards - len(sizes) + SHRINKAGE)
+        number = sizes.sum(dim=0, keepdim=True)
+        variance = (within.sum() + (sizes * centered.square()).sum()) / (number - 1).clamp(min=1)
+        noise_var = _variance(within.sum() + SHRINKAGE * variance, number - len(sizes) + SHRINKAGE)
     if init_var == BATCH:
         if count < 2:
             init_var = float("inf")

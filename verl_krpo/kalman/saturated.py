@@ -56,7 +56,7 @@ def filtered_mean(
     mean = torch.empty(rows, time, dtype=dtype, device=device)
     saturated = torch.empty(rows, time, dtype=torch.bool, device=device)
     state = torch.full((rows,), init_mean, dtype=torch.float64, device=device)
-    index = torch.zeros(1 if mask is None else rows, 1, dtype=torch.long, device=device)
+    index = torch.zeros(rows, 1, dtype=torch.long, device=device)
     window = max(1, WINDOW // max(1, rows))
     for start in range(0, time, window):
         at = (slice(None), slice(start, start + window))
