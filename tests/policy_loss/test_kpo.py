@@ -234,6 +234,22 @@ def test_transposed_log_probs_are_read_as_they_stand(kpo_reference, clip):
     torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_advantages_of_any_dtype(kpo_reference, dtype):
+    """The arithmetic has one precision, also where it decides that a ratio stands at its upper bound."""
+    batch, kpo = kpo_reference.batch(seed=12), KpoConfig(process_var=1.0, clip=False, ratio_log_max=0.01)
+    config = kpo_reference.config(0.2, 0.2, kpo)
+    advantages = batch.adv.to(dtype)
+    gradients = []
+    for adv in (advantages, advantages.float()):
+        new = batch.new.detach().requires_grad_()
+        compute_policy_loss(batch.old, new, adv, batch.mask, "token-mean", config)[0].backward()
+        gradients.append(new.grad)
+        new.grad = None
+    assert (gradients[0][batch.mask] == 0).any()
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=0)
+
+
 def test_metrics_count_what_they_say(kpo_reference):
     batch, kpo = kpo_reference.batch(rows=4, width=97, seed=11), KpoConfig(process_var=1e-2)
     low, high = 0.01, 0.02

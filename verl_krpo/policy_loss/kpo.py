@@ -51,6 +51,8 @@ def compute_policy_loss(
         count = mask.sum(dim=-1, dtype=torch.int32)
         pair = (log_prob.detach(), old_log_prob)
         rule = _Rule(kpo, *_noise(pair, mask, kpo), low, high)
+        advantages = advantages.to(_dtype(pair))
+        # Each makes the log-ratios anew: kept for the next they would be a third tensor in memory.
         scalars = _raw(pair, advantages, mask, rule)
         x, hits = _filtered(pair, mask, rule)
         value, slope, *of_filtered = _gains(x, advantages, mask, rollout_is_weights, rule)
