@@ -1,4 +1,4 @@
-"""Shared by every room: composing verl's config as its driver does."""
+"""Shared by every room: verl's config as its driver composes it, and ports for clusters of Ray."""
 
 import random
 import socket

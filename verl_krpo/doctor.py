@@ -198,12 +198,16 @@ def _backend() -> Finding:
     )
 
 
-def ask_ray(code: str, **pipes) -> subprocess.CompletedProcess | None:
-    """Run Python code that asks Ray in a process of its own, standard output as text; None: no end in RAY_SECONDS.
+def ask_ray(module: str, function: str, *arguments, stderr: int | None = None) -> subprocess.CompletedProcess | None:
+    """What a function that asks Ray finds, a list of dataclasses, as JSON in the last line of stdout.
 
-    ray.init can wait for ever for a cluster that has died.
+    In a process of its own, killed after RAY_SECONDS (then None): ray.init can wait for ever for a cluster that died.
     """
-    pipes = {"stdout": subprocess.PIPE, "text": True} | pipes
+    code = (
+        f"import dataclasses, json\nfrom {module} import {function} as ask\n"
+        f"print(json.dumps([dataclasses.asdict(found) for found in ask(*{arguments!r})]))"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, **pipes)
     try:
         output, errors = process.communicate(timeout=RAY_SECONDS)
@@ -215,11 +219,7 @@ def ask_ray(code: str, **pipes) -> subprocess.CompletedProcess | None:
 
 
 def _in_ray() -> list[Finding]:
-    done = ask_ray(
-        "import dataclasses, json\nfrom verl_krpo import doctor\n"
-        "print(json.dumps([dataclasses.asdict(finding) for finding in doctor.ray_findings()]))",
-        stderr=subprocess.PIPE,
-    )
+    done = ask_ray("verl_krpo.doctor", "ray_findings", stderr=subprocess.PIPE)
     if done is None:
         cluster = os.environ.get("RAY_ADDRESS") or "the cluster that last ran on this machine, or a new one"
         text = (

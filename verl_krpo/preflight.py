@@ -213,11 +213,8 @@ def cluster(config: DictConfig) -> list[Lack]:
         return [Lack(f"NNODES={trainer.nnodes} needs a Ray cluster, and RAY_ADDRESS is not set", START_RAY)]
     paths = [path for path in (*_data_files(config), config.actor_rollout_ref.model.path) if Path(path).exists()]
     paths = [str(Path(path).absolute()) for path in paths]
-    asked = (address, trainer.nnodes, trainer.n_gpus_per_node, paths)
-    done = doctor.ask_ray(
-        "import dataclasses, json\nfrom verl_krpo import preflight\n"
-        f"print(json.dumps([dataclasses.asdict(lack) for lack in preflight.cluster_lacks(*{asked!r})]))"
-    )
+    asked = address, trainer.nnodes, trainer.n_gpus_per_node, paths
+    done = doctor.ask_ray("verl_krpo.preflight", "cluster_lacks", *asked)
     if done is None:
         what = f"no answer from Ray at RAY_ADDRESS={address} within {doctor.RAY_SECONDS} s"
         return [Lack(what, f"end what is left of it (`ray stop --force` on every node), then {START_RAY}")]

@@ -71,19 +71,20 @@ def losses() -> dict[str, Callable]:
         config = actor_config(kpo)
         return lambda *tensors: loss(*tensors, MODE, config)
 
-    def measured(old_log_prob, *tensors):
+    measuring = bound(compute_policy_loss, KpoConfig(measurement_var="batch"))
+
+    def measuring_anew(old_log_prob, *tensors):
         # By the last digit other data each time: in training no call finds the gains that the last one has made.
         old_log_prob.mul_(1 + 2**-23)
-        return measures(old_log_prob, *tensors)
+        return measuring(old_log_prob, *tensors)
 
-    measures = bound(compute_policy_loss, KpoConfig(measurement_var="batch"))
     return {
         "vanilla": bound(compute_policy_loss_vanilla),
         "published": bound(published_loss),
         "kpo": bound(compute_policy_loss),
         "kpo, clip=false": bound(compute_policy_loss, KpoConfig(clip=False)),
         "kpo, gain=steady": bound(compute_policy_loss, KpoConfig(gain=Gain.steady)),
-        "kpo, measurement_var=batch": measured,
+        "kpo, measurement_var=batch": measuring_anew,
         "kpo, innovation_clip=3": bound(compute_policy_loss, KpoConfig(measurement_var=1e-4, innovation_clip=3.0)),
     }
 

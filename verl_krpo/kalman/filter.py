@@ -409,12 +409,11 @@ def _check_certain(packed: _Packed) -> None:
 def _model(packed: _Packed) -> tuple[recurrence.Plan, torch.Tensor]:
     """The recurrence x_i = (1 - K_i) x_{i-1} + K_i z_i of the rows, and P_{i|i} for i = 1..n, (batch or 1, n)."""
     n, device = packed.values.shape[1], packed.values.device
-    variances = packed.process_var, packed.measurement_var, packed.init_var
-    if all(len(v) == 1 for v in variances):
+    if _alike(packed):
         numbers = [float(v) for v in packed.parameters]
         var = local_level.schedule(n, *numbers).filtered_var[None].to(device)
         return _number_plan(n, *numbers, "scheduled", device), var
-    gain, keep, _ = local_level.window(0, n, *variances)
+    gain, keep, _ = local_level.window(0, n, packed.process_var, packed.measurement_var, packed.init_var)
     plan = recurrence.plan(n, lambda start, stop: (keep[:, start:stop], gain[:, start:stop]))
     return plan, packed.measurement_var * gain
 
@@ -439,6 +438,11 @@ def _long_plan(n, process_var, measurement_var, init_var, gain, device) -> recur
     return recurrence.plan(n, lambda start, stop: local_level.window(start, stop, *variances)[1::-1])
 
 
+def _alike(packed: _Packed) -> bool:
+    """Whether one schedule of gains serves all rows."""
+    return all(len(v) == 1 for v in (packed.process_var, packed.measurement_var, packed.init_var))
+
+
 def _start(packed: _Packed) -> torch.Tensor:
     """x_0, (batch,): a diffuse prior's mean has no say."""
     start = torch.where(packed.init_var.isinf(), 0.0, packed.init_mean)
@@ -447,7 +451,7 @@ def _start(packed: _Packed) -> torch.Tensor:
 
 def _forward(packed: _Packed) -> Belief:
     """x_{i|i}, (batch, n + 1), and P_{i|i}, (batch or 1, n + 1), for i = 0..n: float64, column 0 is the prior."""
-    if packed.values.shape[1] <= SHORT and any(isinstance(v, torch.Tensor) for v in packed.parameters):
+    if packed.values.shape[1] <= SHORT and not _alike(packed):
         return _walk(packed)
     plan, var = _model(packed)
     mean = recurrence.solve(plan, packed.values, _start(packed), torch.float64)
