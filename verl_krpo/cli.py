@@ -171,7 +171,7 @@ def bench(context: typer.Context) -> None:
 @study.command()
 def permutation(out: Out, seed: Seed = 0) -> None:
     """How far advantages and gradient depend on the order of a group (seconds)."""
-    from verl_krpo.analysis.studies import permutation
+    from verl_krpo.studies import permutation
 
     print(permutation.run(out, seed))
 
@@ -179,7 +179,7 @@ def permutation(out: Out, seed: Seed = 0) -> None:
 @study.command()
 def estimator(out: Out, seed: Seed = 0) -> None:
     """Every form against GRPO, Dr.GRPO and RLOO over laws of rewards and group sizes (about a minute)."""
-    from verl_krpo.analysis.studies import estimator
+    from verl_krpo.studies import estimator
 
     print(estimator.run(out, seed))
 
@@ -187,7 +187,7 @@ def estimator(out: Out, seed: Seed = 0) -> None:
 @study.command()
 def sensitivity(out: Out, seed: Seed = 0) -> None:
     """Signal-to-noise and scale over a grid of Q and R (seconds)."""
-    from verl_krpo.analysis.studies import sensitivity
+    from verl_krpo.studies import sensitivity
 
     print(sensitivity.run(out, seed))
 
@@ -195,7 +195,7 @@ def sensitivity(out: Out, seed: Seed = 0) -> None:
 @study.command()
 def adaptive(out: Out, seed: Seed = 0) -> None:
     """krpo_adaptive against RLOO over prompts, group sizes and batch sizes (a few minutes)."""
-    from verl_krpo.analysis.studies import adaptive
+    from verl_krpo.studies import adaptive
 
     print(adaptive.run(out, seed))
 

@@ -1,1 +1,1 @@
-"""Runs read back: curves, tables, studies."""
+"""Runs read back: curves, tables."""

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from verl_krpo.advantage import krpo
-from verl_krpo.analysis.studies import estimator, report, simulate
 from verl_krpo.config import Scale
+from verl_krpo.studies import estimator, report, simulate
 
 MEASURES = {
     "residual": "E(r-b)$^2$ / RLOO's",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from verl_krpo.analysis.studies import report, simulate
+from verl_krpo.studies import report, simulate
 
 SHOWN = ("uniform", "Beta(5,5)", "two-point", "gaussian", "drifting", "mixture")  # laws in the figures
 SIZES = (2, 4, 8, 12, 16, 64)

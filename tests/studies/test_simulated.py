@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from verl_krpo.advantage import krpo
-from verl_krpo.analysis.studies import adaptive, estimator, permutation, report, sensitivity, simulate
+from verl_krpo.studies import adaptive, estimator, permutation, report, sensitivity, simulate
 
 
 @pytest.mark.parametrize("law", simulate.LAWS)

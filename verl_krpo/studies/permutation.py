@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from verl_krpo.advantage import krpo
-from verl_krpo.analysis.studies import report, simulate
 from verl_krpo.config import Baseline, KrpoConfig, Order
+from verl_krpo.studies import report, simulate
 
 MULTISETS = {
     "4 of 8 right": [1.0] * 4 + [0.0] * 4,

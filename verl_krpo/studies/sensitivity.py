@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from verl_krpo.analysis.studies import report, simulate
 from verl_krpo.config import Baseline, KrpoConfig, Order
+from verl_krpo.studies import report, simulate
 
 PROCESS_VARS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 MEASUREMENT_VARS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
