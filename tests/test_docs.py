@@ -134,7 +134,7 @@ def same(written, value):
 def test_every_metric_is_in_the_glossary():
     from types import SimpleNamespace
 
-    from verl_krpo import metrics
+    from verl_krpo.plugin import metrics
     from verl_krpo.policy_loss import kpo
 
     rewards, index = torch.tensor([1.0, 0, 0, 1, 1]), ["a", "a", "b", "b", "c"]

@@ -96,9 +96,9 @@ def krpo_batch(rewards, uids, tokens=3, masked=(), **settings):
 
 def advantage_of(rewards, uids, **settings):
     """The estimator's advantage of every row, (rows,) float64."""
-    from verl_krpo.advantage import krpo
+    from verl_krpo.plugin.estimator import compute_advantage
 
-    advantages, returns = krpo.compute_advantage(**krpo_batch(rewards, uids, **settings))
+    advantages, returns = compute_advantage(**krpo_batch(rewards, uids, **settings))
     assert advantages.dtype == torch.float64 and torch.equal(advantages, returns)
     assert torch.equal(advantages, advantages[:, :1].expand_as(advantages))
     return advantages[:, 0].numpy()

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from verl_krpo.advantage import krpo
 from verl_krpo.advantage.groups import group
 from verl_krpo.config import Baseline, KrpoConfig, Order, Scale
+from verl_krpo.plugin.estimator import compute_advantage
 
 ADAPTIVE = dict(
     process_var=0.0,
@@ -43,7 +44,7 @@ def test_published_numbers_in_float32(oracle):
     rewards, uids = [1.0, 0.5, 0.0, 1.0, 0.01], ["a", "b", "a", "a", "b"]
     batch = oracle.batch(rewards, uids, order="arrival")
     batch["token_level_rewards"] = batch["token_level_rewards"].float()
-    advantages, _ = krpo.compute_advantage(**batch)
+    advantages, _ = compute_advantage(**batch)
     assert advantages.dtype == torch.float32
     exact = oracle.published(np.float32(rewards).astype(float), uids)
     np.testing.assert_allclose(advantages[:, 0], exact, rtol=1e-6)
@@ -270,40 +271,40 @@ def test_padding_and_rejected_rows_get_zero_and_change_nobody(oracle):
         batch = oracle.batch(
             np.append(rewards, extra), uids + ["pad-1", "pad-1", uids[0], uids[1]], masked=range(n, n + 4), **form
         )
-        found, _ = krpo.compute_advantage(**batch)
+        found, _ = compute_advantage(**batch)
         np.testing.assert_allclose(found[:n, 0], plain, rtol=1e-12)
         assert (found[n:] == 0).all()
 
 
 def test_a_batch_of_padding_alone(oracle):
     for form in ({}, ADAPTIVE):
-        found, _ = krpo.compute_advantage(**oracle.batch([0.0, 0.0], ["pad", "pad"], masked=[0, 1], **form))
+        found, _ = compute_advantage(**oracle.batch([0.0, 0.0], ["pad", "pad"], masked=[0, 1], **form))
         assert (found == 0).all()
 
 
 def test_a_reward_on_a_masked_last_token_counts(oracle):
     batch = oracle.batch([1.0, 0.0, 1.0], "aab", order="arrival")
-    plain, _ = krpo.compute_advantage(**batch)
+    plain, _ = compute_advantage(**batch)
     batch["response_mask"][:, -1] = 0
-    found, _ = krpo.compute_advantage(**batch)
+    found, _ = compute_advantage(**batch)
     assert torch.equal(found[:, :-1], plain[:, :-1]) and (found[:, -1] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
 def test_any_mask_dtype_and_no_write_into_the_arguments(oracle, dtype):
     batch = oracle.batch([1.0, 0.0, 1.0, 0.5], "abab")
-    plain, _ = krpo.compute_advantage(**batch)
+    plain, _ = compute_advantage(**batch)
     batch["response_mask"] = batch["response_mask"].to(dtype)
     before = {key: batch[key].clone() for key in ("token_level_rewards", "response_mask")}
-    found, _ = krpo.compute_advantage(**batch, reward_baselines=None)
+    found, _ = compute_advantage(**batch, reward_baselines=None)
     assert torch.equal(found, plain)
     assert all(torch.equal(batch[key], value) for key, value in before.items())
 
 
 def test_low_precision_rewards_come_out_as_float32(oracle):
     batch = oracle.batch([1.0, 0.0, 1.0], "aab")
-    plain, _ = krpo.compute_advantage(**batch)
-    found, _ = krpo.compute_advantage(**batch | dict(token_level_rewards=batch["token_level_rewards"].bfloat16()))
+    plain, _ = compute_advantage(**batch)
+    found, _ = compute_advantage(**batch | dict(token_level_rewards=batch["token_level_rewards"].bfloat16()))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), plain, rtol=1e-6, atol=0)
 
@@ -335,20 +336,20 @@ def test_config_may_be_anything_that_verl_passes(oracle):
     from verl.trainer.config import AlgoConfig
 
     batch = oracle.batch([1.0, 0.0, 1.0], "aab")
-    plain, _ = krpo.compute_advantage(**batch)
+    plain, _ = compute_advantage(**batch)
     struct = OmegaConf.create({"adv_estimator": "krpo", "krpo": OmegaConf.structured(KrpoConfig)})
     OmegaConf.set_struct(struct, True)
     bare = OmegaConf.create({"adv_estimator": "krpo"})
     OmegaConf.set_struct(bare, True)
     for config in (None, {}, bare, struct, AlgoConfig()):
-        found, _ = krpo.compute_advantage(**batch | dict(config=config))
+        found, _ = compute_advantage(**batch | dict(config=config))
         assert torch.equal(found, plain)
     changed = OmegaConf.create({"krpo": {"init_var": 0.5}})
-    assert not torch.equal(krpo.compute_advantage(**batch | dict(config=changed))[0], plain)
+    assert not torch.equal(compute_advantage(**batch | dict(config=changed))[0], plain)
     reference = OmegaConf.create({"data": {"p": 0.5}, "algorithm": {"krpo": {"init_var": "${data.p}"}}}).algorithm
     assert krpo.settings_of(reference) == krpo.settings_of(changed)
     changed.krpo.init_var = 1.0
-    assert torch.equal(krpo.compute_advantage(**batch | dict(config=changed))[0], plain)
+    assert torch.equal(compute_advantage(**batch | dict(config=changed))[0], plain)
 
 
 @pytest.mark.parametrize(
@@ -368,18 +369,18 @@ def test_config_may_be_anything_that_verl_passes(oracle):
 def test_a_wrong_setting_is_named(oracle, node, message):
     batch = oracle.batch([1.0, 0.0], "aa") | dict(config={"krpo": node})
     with pytest.raises(ValueError, match=message):
-        krpo.compute_advantage(**batch)
+        compute_advantage(**batch)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_rewards_that_are_not_finite_are_named(oracle, bad):
     with pytest.raises(ValueError, match=r"rows \[3\] of prompts \['b'\]"):
-        krpo.compute_advantage(**oracle.batch([1.0, 0.0, 1.0, bad], "aabb"))
+        compute_advantage(**oracle.batch([1.0, 0.0, 1.0, bad], "aabb"))
 
 
 def test_a_missing_index_is_an_error(oracle):
     with pytest.raises(ValueError, match="index=None"):
-        krpo.compute_advantage(**oracle.batch([1.0, 0.0], "aa") | dict(index=None))
+        compute_advantage(**oracle.batch([1.0, 0.0], "aa") | dict(index=None))
 
 
 def test_verls_own_entry_point_reaches_it(oracle):
@@ -403,7 +404,7 @@ def test_the_preset_is_the_recommended_estimator(compose):
 
 
 def test_a_division_by_zero_is_refused_on_the_driver(compose):
-    from verl_krpo import plugin
+    from verl_krpo.plugin import guards
 
     with pytest.raises(ValueError, match="algorithm.krpo.scale=filter_std.*init_var=0"):
-        plugin.check(compose("+algorithm=krpo", "algorithm.krpo.process_var=0", "algorithm.krpo.init_var=0"))
+        guards.check(compose("+algorithm=krpo", "algorithm.krpo.process_var=0", "algorithm.krpo.init_var=0"))

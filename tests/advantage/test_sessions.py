@@ -7,7 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_krpo.advantage import sessions
+from verl_krpo.plugin import sessions
 
 CONFIG = OmegaConf.create({"adv_estimator": "krpo", "krpo": {"order": "arrival"}})
 

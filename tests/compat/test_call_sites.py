@@ -18,7 +18,7 @@ def test_registered():
     import verl  # noqa: F401
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 
-    assert get_adv_estimator_fn("krpo").__module__ == "verl_krpo.advantage.krpo"
+    assert get_adv_estimator_fn("krpo").__module__ == "verl_krpo.plugin.estimator"
     assert get_policy_loss_fn("kpo").__module__ == "verl_krpo.policy_loss.kpo"
 
 

@@ -32,7 +32,6 @@ from typing import NamedTuple
 import torch
 from omegaconf import OmegaConf
 
-from verl_krpo import metrics
 from verl_krpo.advantage.groups import Groups, group
 from verl_krpo.advantage.prior import Prior, prior_of
 from verl_krpo.config import BATCH, KRPO_AT, Baseline, KrpoConfig, Order, Scale, read
@@ -66,28 +65,6 @@ class Estimate(NamedTuple):
     baseline: torch.Tensor
     baseline_var: torch.Tensor
     advantage: torch.Tensor
-
-
-def compute_advantage(token_level_rewards, response_mask, config=None, index=None, **kwargs):
-    """verl's advantage estimator `krpo`.
-
-    token_level_rewards, response_mask: (rows, tokens). A row's reward is the sum of the whole row: it sits on the last
-    token, which may be masked. config: verl's `algorithm` node, with or without `krpo`. index: (rows,) prompt ids.
-    Returns (advantages, returns), both the same (rows, tokens) tensor: A_i times the mask. A row whose mask is all
-    zero (padding, a rejected response) has advantage 0 and is no member of its group.
-
-    ValueError names the rows and prompts of rewards that are not finite, or the wrong key of `algorithm.krpo`.
-    """
-    settings = settings_of(config)
-    with torch.no_grad():
-        dtype = torch.promote_types(token_level_rewards.dtype, torch.float32)
-        rewards = token_level_rewards.sum(dim=-1, dtype=dtype)
-        seen = response_mask.bool()
-        found = estimate(rewards, index, settings, counted=kalman.any_in_rows(seen))
-        metrics.record(found, settings.process_var)
-        advantage = found.groups.scatter(found.advantage, len(rewards)).to(dtype)
-        advantages = torch.where(seen, advantage[:, None], advantage.new_zeros(()))
-    return advantages, advantages
 
 
 def estimate(

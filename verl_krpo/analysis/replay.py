@@ -25,13 +25,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from verl_krpo import metrics
 from verl_krpo.advantage import krpo
 from verl_krpo.advantage.groups import Groups, group
 from verl_krpo.advantage.prior import prior_of
 from verl_krpo.analysis import rollouts
 from verl_krpo.config import KRPO_AT, KrpoConfig, Order, read
 from verl_krpo.kalman import filter as kalman
+from verl_krpo.plugin import metrics
 
 METHODS = ("grpo", "rloo", "krpo", "krpo_adaptive")
 ORDERS = 8  # random orders of a step's rows
@@ -165,6 +165,7 @@ def _add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
 
     row = {"step": step.number, "reward": rewards.mean().item(), "rows": len(rewards), "groups": len(sizes)}
     row["no_signal"] = equal.double().mean().item()
+    found = krpo.estimate(rewards, step.prompts, result.settings)
     found = krpo.estimate(rewards, step.prompts, result.settings)
     nis = metrics.scalars(found, result.settings.process_var).get("krpo/nis")
     if nis is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from verl_krpo.advantage.sessions import final_outputs
+from verl_krpo.plugin.sessions import final_outputs
 
 NAMED = 5  # damaged lines that are named; all are counted
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from verl_krpo import metrics
 from verl_krpo.bench.timing import median_ratio, paired, peak_bytes
 from verl_krpo.config import Baseline, KrpoConfig, Scale
 
@@ -45,13 +44,14 @@ def estimators(rewards: torch.Tensor, mask: torch.Tensor, index: np.ndarray) -> 
     """What is compared, by name."""
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-    from verl_krpo.advantage import krpo
+    from verl_krpo.plugin import metrics
+    from verl_krpo.plugin.estimator import compute_advantage
 
     def ours(settings):
         config = {"krpo": {**vars(settings)}}
 
         def call():
-            krpo.compute_advantage(rewards, mask, config, index)
+            compute_advantage(rewards, mask, config, index)
             metrics.discard()  # a trainer's log takes them, once a step
 
         return call

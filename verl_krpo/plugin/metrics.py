@@ -23,13 +23,14 @@ from collections import deque
 
 import torch
 
+from verl_krpo.advantage.krpo import Estimate
 from verl_krpo.kalman import filter as kalman
 
 _MERGE = {"krpo/groups": sum, "krpo/singletons": sum, "krpo/group_size_min": min}
-_pending: deque = deque(maxlen=16)  # (estimate, process_var); bounded, for where nothing ever logs
+_pending: deque[tuple[Estimate, float]] = deque(maxlen=16)  # bounded, for where nothing ever logs
 
 
-def scalars(found, process_var: float) -> dict[str, float]:
+def scalars(found: Estimate, process_var: float) -> dict[str, float]:
     """The metrics of one `krpo.Estimate`."""
     groups, prior = found.groups, found.prior
     if not len(groups.labels):
@@ -77,7 +78,7 @@ def scalars(found, process_var: float) -> dict[str, float]:
     return result
 
 
-def record(found, process_var: float) -> None:
+def record(found: Estimate, process_var: float) -> None:
     """Keep a `krpo.Estimate` until the next log."""
     _pending.append((found, process_var))
 

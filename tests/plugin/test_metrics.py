@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from verl_krpo import metrics
 from verl_krpo.advantage import krpo
 from verl_krpo.config import KrpoConfig
+from verl_krpo.plugin import metrics
+from verl_krpo.plugin.estimator import compute_advantage
 
 NAMES = {
     "krpo/baseline_mean",
@@ -126,7 +127,7 @@ def test_verls_log_carries_them_once(tmp_path, monkeypatch):
     log = Tracking("project", "run", ["file", "console"])
     rewards, uids = rewards_and_uids()
     rows = torch.as_tensor(rewards)[:, None]
-    krpo.compute_advantage(rows, torch.ones_like(rows), None, np.array(uids, dtype=object))
+    compute_advantage(rows, torch.ones_like(rows), None, np.array(uids, dtype=object))
     own = {"actor/loss": 1.0}
     log.log(data=own, step=1)
     log.log(data=own, step=2)

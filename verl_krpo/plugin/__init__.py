@@ -17,12 +17,12 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
     from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
-    from verl_krpo import metrics
-    from verl_krpo.advantage import krpo, sessions
+    from verl_krpo.advantage import krpo
     from verl_krpo.config import KpoConfig, KrpoConfig
+    from verl_krpo.plugin import estimator, metrics, sessions
     from verl_krpo.policy_loss import kpo
 
-    register_adv_est("krpo")(krpo.compute_advantage)
+    register_adv_est("krpo")(estimator.compute_advantage)
     register_policy_loss("kpo")(kpo.compute_policy_loss)
     metrics.attach()
     sessions.attach()
@@ -35,7 +35,7 @@ def register() -> None:
         group="actor",
         name="kpo",
         node={
-            "_target_": "verl_krpo.policy_loss.actor_config.KpoPolicyLossConfig",
+            "_target_": "verl_krpo.plugin.actor_config.KpoPolicyLossConfig",
             "loss_mode": "kpo",
             "kpo": KpoConfig,
         },
@@ -67,36 +67,13 @@ def _load_hf_replica() -> type:
     return HfReplica
 
 
-def check(config) -> None:
-    """Raise ValueError for krpo and kpo settings of a whole verl config that are wrong or would have no effect."""
-    from verl_krpo.advantage import krpo
-    from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
-    from verl_krpo.policy_loss import refusals
-
-    estimator, loss = config.algorithm.adv_estimator, config.actor_rollout_ref.actor.policy_loss
-    if config.algorithm.get("krpo") is not None:
-        krpo.check(read(KrpoConfig, config.algorithm.krpo, KRPO_AT))
-        if estimator != "krpo":
-            raise ValueError(
-                f"{KRPO_AT} is set but algorithm.adv_estimator={estimator}: add algorithm.adv_estimator=krpo, "
-                f"or remove {KRPO_AT}"
-            )
-    if loss.get("kpo") is not None:
-        settings = {key: value for key, value in loss.kpo.items() if key != "_target_"}
-        read(KpoConfig, settings, KPO_AT)
-        if loss.loss_mode != "kpo":
-            raise ValueError(f"{KPO_AT} is set but loss_mode={loss.loss_mode}: set loss_mode=kpo, or remove {KPO_AT}")
-        if not str(loss.get("_target_", "")).startswith("verl_krpo."):
-            raise ValueError(f"{KPO_AT} needs its typed config: add +actor@actor_rollout_ref.actor.policy_loss=kpo")
-    refusals.check(config)
-
-
 def _check_before_ray() -> None:
-    """Run `check` where verl validates its config: on the driver, before Ray starts."""
+    """Run `guards.check` where verl validates its config: on the driver, before Ray starts."""
     import verl.utils.config as verl_config
     from omegaconf import OmegaConf
 
     from verl_krpo import versions
+    from verl_krpo.plugin import guards
 
     validate_config = verl_config.validate_config
     if hasattr(validate_config, "__wrapped__"):
@@ -115,7 +92,7 @@ def _check_before_ray() -> None:
             from verl_krpo.backends import hf_rollout
 
             hf_rollout.check(rollout)
-        check(config)
+        guards.check(config)
         return validate_config(config, *args, **kwargs)
 
     verl_config.validate_config = checked

@@ -1,6 +1,9 @@
-"""Jobs in which verl would silently leave KPO out, or a setting beside it: they are refused before Ray starts."""
+"""What is refused before Ray starts: wrong settings, and jobs in which verl would silently leave one of them out."""
 
 from typing import Any
+
+from verl_krpo.advantage import krpo
+from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
 
 LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
 CORRECTION = "algorithm.rollout_correction"
@@ -8,7 +11,35 @@ DISTILLATION = "distillation.distillation_loss"
 
 
 def check(config: Any) -> None:
-    """ValueError if `config`, a whole verl config, asks for KPO where verl would not train with it.
+    """ValueError for krpo and kpo settings of a whole verl config that are wrong or would have no effect."""
+    _check_krpo(config.algorithm)
+    _check_kpo(config.actor_rollout_ref.actor.policy_loss)
+    _check_what_verl_drops(config)
+
+
+def _check_krpo(algorithm: Any) -> None:
+    if algorithm.get("krpo") is None:
+        return
+    krpo.check(read(KrpoConfig, algorithm.krpo, KRPO_AT))
+    if algorithm.adv_estimator != "krpo":
+        raise ValueError(
+            f"{KRPO_AT} is set but algorithm.adv_estimator={algorithm.adv_estimator}: add "
+            f"algorithm.adv_estimator=krpo, or remove {KRPO_AT}"
+        )
+
+
+def _check_kpo(loss: Any) -> None:
+    if loss.get("kpo") is None:
+        return
+    read(KpoConfig, {key: value for key, value in loss.kpo.items() if key != "_target_"}, KPO_AT)
+    if loss.loss_mode != "kpo":
+        raise ValueError(f"{KPO_AT} is set but loss_mode={loss.loss_mode}: set loss_mode=kpo, or remove {KPO_AT}")
+    if not str(loss.get("_target_", "")).startswith("verl_krpo."):
+        raise ValueError(f"{KPO_AT} needs its typed config: add +actor@actor_rollout_ref.actor.policy_loss=kpo")
+
+
+def _check_what_verl_drops(config: Any) -> None:
+    """ValueError if `config` asks for KPO where verl would not train with it.
 
     Distillation: its own policy gradient knows `vanilla` only, and without task rewards the policy loss is dropped.
     Bypass mode: with any registered loss but `bypass_mode` verl reads neither loss_type nor the corrections.

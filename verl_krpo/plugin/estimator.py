@@ -1,0 +1,36 @@
+"""verl's advantage estimator `krpo`: verl's arguments in, verl's answers out."""
+
+from typing import Any
+
+import torch
+
+from verl_krpo.advantage.krpo import estimate, settings_of
+from verl_krpo.plugin import metrics
+
+
+def compute_advantage(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    config: Any = None,
+    index: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """verl's advantage estimator `krpo`.
+
+    token_level_rewards, response_mask: (rows, tokens). A row's reward is the sum of the whole row: it sits on the last
+    token, which may be masked. config: verl's `algorithm` node, with or without `krpo`. index: (rows,) prompt ids.
+    Returns (advantages, returns), both the same (rows, tokens) tensor: A_i times the mask. A row whose mask is all
+    zero (padding, a rejected response) has advantage 0 and is no member of its group.
+
+    ValueError names the rows and prompts of rewards that are not finite, or the wrong key of `algorithm.krpo`.
+    """
+    settings = settings_of(config)
+    with torch.no_grad():
+        dtype = torch.promote_types(token_level_rewards.dtype, torch.float32)
+        rewards = token_level_rewards.sum(dim=-1, dtype=dtype)
+        mask = response_mask.bool()
+        estimated = estimate(rewards, index, settings, counted=mask.any(dim=-1))
+        metrics.record(estimated, settings.process_var)
+        advantage = estimated.groups.scatter(estimated.advantage, len(rewards)).to(dtype)
+        advantages = torch.where(mask, advantage[:, None], 0.0)
+    return advantages, advantages
