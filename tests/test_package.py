@@ -41,11 +41,11 @@ def test_installing_it_beside_verl_changes_no_other_package(wheel, tmp_path):
     subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True, timeout=240)
     (ours,) = json.loads(report.read_text())["install"]
     requires = ours["metadata"]["requires_dist"]
-    assert [needed for needed in requires if "extra ==" not in needed] == ["verl>=0.7"]
+    assert [needed for needed in requires if "extra ==" not in needed] == ["verl>=0.7", "wrapt"]
 
-    # With verl there, resolving that one need brings nothing in.
+    # With verl there, resolving them brings nothing in.
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", str(report), "verl>=0.7"],
+        [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", str(report), "verl>=0.7", "wrapt"],
         check=True,
         capture_output=True,
         timeout=240,

@@ -7,20 +7,19 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_krpo.plugin import sessions
+from verl_krpo.plugin import hooks, sessions
+from verl_krpo.plugin.estimator import compute_advantage
 
 CONFIG = OmegaConf.create({"adv_estimator": "krpo", "krpo": {"order": "arrival"}})
 
 
 @pytest.fixture(scope="module")
 def trainer():
-    """The V1 trainer's module; its function is put back afterwards."""
+    """The V1 trainer's module."""
+    import verl  # noqa: F401 (loads the plugin)
     from verl.trainer.ppo.v1 import trainer_base
 
-    compute = getattr(trainer_base, sessions.FUNCTION)
-    setattr(trainer_base, sessions.FUNCTION, getattr(compute, "__wrapped__", compute))
-    yield trainer_base
-    setattr(trainer_base, sessions.FUNCTION, compute)
+    return trainer_base
 
 
 def batch_of(keys, rewards):
@@ -52,7 +51,7 @@ def test_final_outputs_of_the_sessions():
 
 
 def test_a_session_counts_once(trainer, oracle):
-    compute = sessions.count_sessions_once(getattr(trainer, sessions.FUNCTION))
+    compute = getattr(trainer, sessions.FUNCTION)
     data = batch_of(KEYS, REWARDS)
     found = compute(data, batch_keys=KEYS, adv_estimator="krpo", config=CONFIG).batch
     uids = data.non_tensor_batch["uid"]
@@ -63,74 +62,66 @@ def test_a_session_counts_once(trainer, oracle):
 
 def test_with_one_output_a_session_nothing_changes(trainer):
     keys, rewards = ["a_0_0", "b_0_0", "a_1_0", "pad1_0_0"], [1.0, 0.0, 0.5, 0.0]
-    compute = getattr(trainer, sessions.FUNCTION)
+    ours = getattr(trainer, sessions.FUNCTION)
     one, two = (
         f(batch_of(keys, rewards), batch_keys=keys, adv_estimator="krpo", config=CONFIG).batch["advantages"]
-        for f in (compute, sessions.count_sessions_once(compute))
+        for f in (ours, ours.__wrapped__)
     )
     assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])
 def test_other_estimators_go_verls_own_way(trainer, estimator):
-    compute = getattr(trainer, sessions.FUNCTION)
+    ours = getattr(trainer, sessions.FUNCTION)
     one, two = (
         f(batch_of(KEYS, REWARDS), batch_keys=KEYS, adv_estimator=estimator, config=CONFIG).batch["advantages"]
-        for f in (compute, sessions.count_sessions_once(compute))
+        for f in (ours, ours.__wrapped__)
     )
     assert torch.equal(one, two)
 
 
-def test_it_is_in_place_once_the_trainer_opens_its_log(trainer, oracle):
-    import verl  # noqa: F401 (loads the plugin)
-    from verl.utils.tracking import Tracking
-
-    original = getattr(trainer, sessions.FUNCTION)
-    Tracking("project", "run", [], config={"algorithm": {"adv_estimator": "grpo"}})
-    assert getattr(trainer, sessions.FUNCTION) is original
-    for _ in range(2):
-        Tracking(project_name="p", experiment_name="e", default_backend=[], config={"algorithm": dict(CONFIG)})
-        assert getattr(trainer, sessions.FUNCTION).__wrapped__ is original
-    setattr(trainer, sessions.FUNCTION, original)
-
-
-def test_another_verl_is_refused_loudly(trainer, monkeypatch):
-    import verl  # noqa: F401 (loads the plugin)
-    from verl.utils.tracking import Tracking
-
-    def opened():
-        Tracking("project", "run", [], config={"algorithm": {"adv_estimator": "krpo"}})
-
+def test_a_function_that_changed_is_refused(trainer, monkeypatch):
+    """A later verl's: other parameters."""
+    (hook,) = [hook for hook in hooks.HOOKS if hook.name == sessions.FUNCTION]
     monkeypatch.setattr(trainer, sessions.FUNCTION, lambda data, keys, adv_estimator: data)
+    hook.attach(trainer)
     with pytest.raises(RuntimeError, match=r"parameters differ in .*'batch_keys'.*verl 0.9.1"):
-        opened()
-    monkeypatch.delattr(trainer, sessions.FUNCTION)
-    with pytest.raises(RuntimeError, match="does not call compute_advantage_for_multi_trajectories"):
-        opened()
+        getattr(trainer, sessions.FUNCTION)(None, KEYS, "krpo")
+    assert getattr(trainer, sessions.FUNCTION)("data", KEYS, "grpo") == "data"
 
 
-def test_a_trainer_that_went_elsewhere_is_noticed(trainer, monkeypatch):
-    import verl  # noqa: F401 (loads the plugin)
-    from verl.utils.tracking import Tracking
+@pytest.fixture
+def estimated(oracle):
+    def estimate():
+        return compute_advantage(**oracle.batch([1.0, 0.0], "aa"))
 
-    def opened(*config):
-        Tracking("project", "run", [], *config)
+    return estimate
 
-    krpo, grpo = ({"algorithm": {"adv_estimator": name}} for name in ("krpo", "grpo"))
-    monkeypatch.setattr(trainer.PPOTrainer, "_compute_advantage", lambda self, batch, metrics: batch)
-    with pytest.raises(RuntimeError, match="does not call compute_advantage_for_multi_trajectories"):
-        opened(krpo)
+
+def test_a_trainer_that_went_elsewhere_is_noticed_by_the_estimator(trainer, monkeypatch, estimated):
+    refused = "does not call compute_advantage_for_multi_trajectories"
+    estimated()
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.PPOTrainer, "_compute_advantage", lambda self, batch, metrics: batch)
+        with pytest.raises(RuntimeError, match=refused):
+            estimated()
+    with monkeypatch.context() as patched:  # not ours: verl's own
+        patched.setattr(trainer, sessions.FUNCTION, getattr(trainer, sessions.FUNCTION).__wrapped__)
+        with pytest.raises(RuntimeError, match=refused):
+            estimated()
+    with monkeypatch.context() as patched:
+        patched.delattr(trainer, sessions.FUNCTION)
+        with pytest.raises(RuntimeError, match=refused):
+            estimated()
     monkeypatch.delitem(sys.modules, sessions.TRAINER)
-    with pytest.raises(RuntimeError, match="does not call compute_advantage_for_multi_trajectories"):
-        opened(krpo)
-    opened(grpo)
-    opened()
+    with pytest.raises(RuntimeError, match=refused):
+        estimated()
     monkeypatch.delitem(sys.modules, sessions.PACKAGE)  # an older verl, or its v0 trainer
-    opened(krpo)
+    estimated()
 
 
 def test_positional_calls_are_understood(trainer):
-    compute = sessions.count_sessions_once(getattr(trainer, sessions.FUNCTION))
+    compute = getattr(trainer, sessions.FUNCTION)
     found = compute(batch_of(KEYS, REWARDS), KEYS, "krpo", config=CONFIG)
     again = compute(batch_of(KEYS, REWARDS), batch_keys=KEYS, adv_estimator="krpo", config=CONFIG)
     assert torch.equal(found.batch["advantages"], again.batch["advantages"])

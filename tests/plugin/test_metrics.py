@@ -136,12 +136,3 @@ def test_verls_log_carries_them_once(tmp_path, monkeypatch):
     first, second = (json.loads(line)["data"] for line in path.read_text().splitlines())
     assert set(first) == NAMES | {"actor/loss"} and second == own == {"actor/loss": 1.0}
     assert all(np.isfinite(value) for value in first.values())
-
-
-def test_attaching_twice_wraps_once():
-    from verl.utils.tracking import Tracking
-
-    metrics.attach()
-    log = Tracking.log
-    metrics.attach()
-    assert Tracking.log is log and not hasattr(log.__wrapped__, "__wrapped__")

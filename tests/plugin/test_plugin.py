@@ -47,16 +47,26 @@ def test_importing_verl_registers_both(env):
     assert done.stdout.split() == ["verl_krpo.plugin.estimator", "verl_krpo.policy_loss.kpo"], done.stderr
 
 
-def test_a_failing_import_is_seen_and_raised():
-    broken = "import sys; sys.modules['verl_krpo.kalman'] = None; "
+def test_a_failing_plugin_is_seen_and_raised():
+    broken = "import sys; sys.modules['verl_krpo.plugin.hooks'] = None; "
     seen = run(sys.executable, "-c", broken + "import verl")
     assert "verl-krpo could not be loaded" in seen.stderr and "Traceback" in seen.stderr
     raised = run(sys.executable, "-c", broken + "import verl_krpo.plugin")
+    assert raised.returncode != 0 and "verl_krpo.plugin.hooks" in raised.stderr
+    broken = "import sys, verl; sys.modules['verl_krpo.kalman'] = None; import verl.trainer.ppo.core_algos"
+    raised = run(sys.executable, "-c", broken)
     assert raised.returncode != 0 and "verl_krpo.kalman" in raised.stderr
 
 
+def test_importing_verl_costs_a_few_modules_more():
+    """786 before: verl's registries alone import transformers' model code, a second in each of a job's processes."""
+    code = "import sys, verl; print(len(sys.modules))"
+    ours, verls = (int(run(sys.executable, "-c", code, VERL_USE_EXTERNAL_PLUGINS=p).stdout) for p in ("auto", "none"))
+    assert 0 < ours - verls < 40
+
+
 def test_the_backends_are_not_imported_unasked():
-    code = "import sys, verl; print([m for m in sys.modules if m.startswith('verl_krpo.backends')])"
+    code = "import sys, verl; print([m for m in sys.modules if m.startswith('verl_krpo.backends.')])"
     assert run(sys.executable, "-c", code, VERL_PLATFORM="").stdout.strip() == "[]"
 
 

@@ -1,13 +1,12 @@
 """verl on a machine without a GPU: `VERL_PLATFORM=cpu`.
 
 Three things make verl's V1 trainer run there: a platform that answers verl's questions about the device
-(`CpuPlatform`), three repairs of calls that take a GPU for granted (`install`), and the settings a CPU run needs
+(`CpuPlatform`), three repairs of calls that take a GPU for granted (plugin/hooks.py), and the settings a CPU run needs
 (`prepare`, on the driver, before Ray starts). Ray has no word for a CPU rank, so a rank holds a *logical* GPU:
 `n_gpus_per_node` counts ranks.
 """
 
 import contextlib
-import functools
 import math
 import os
 import resource
@@ -103,55 +102,10 @@ class CpuPlatform(PlatformBase):
 
 
 def install() -> None:
-    """Register the platform and repair what takes a GPU for granted. Called in every process that imports verl."""
-    if PlatformRegistry.get("cpu") is CpuPlatform:
-        return
+    """Register the platform. Called in every process that imports verl."""
     PlatformRegistry.register("cpu")(CpuPlatform)
     # verl's FSDP engine asks the platform for its device but is registered for cuda and npu only.
     os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
-    _accept_a_backend_twice()
-    _never_pin_memory()
-    _save_copies()
-
-
-def _accept_a_backend_twice() -> None:
-    """verl asks torch for `cpu:gloo,<device>:<backend>`, here `cpu:gloo,cpu:gloo`, which torch refuses."""
-    original = torch.distributed.init_process_group
-
-    @functools.wraps(original)
-    def init_process_group(backend=None, *args, **kwargs):
-        if isinstance(backend, str):
-            backend = ",".join(dict.fromkeys(backend.split(",")))
-        return original(backend, *args, **kwargs)
-
-    torch.distributed.init_process_group = init_process_group
-
-
-def _never_pin_memory() -> None:
-    """verl's FSDP2 reference model asks for CPU offload in pinned memory, which only a GPU has."""
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    original = CPUOffloadPolicy.__init__
-
-    @functools.wraps(original)
-    def init(self, pin_memory: bool = False):
-        original(self, pin_memory=False)
-
-    CPUOffloadPolicy.__init__ = init
-
-
-def _save_copies() -> None:
-    """verl's separate_async trainer saves weights by `.cpu()`, which on a CPU is the live tensor and saves nothing."""
-    from verl.utils import fsdp_utils
-
-    original = fsdp_utils.fsdp2_sharded_save_to_cpu
-
-    @functools.wraps(original)
-    def save(model):
-        state, spec = original(model)
-        return {name: (tensor.clone(), each) for name, (tensor, each) in state.items()}, spec
-
-    fsdp_utils.fsdp2_sharded_save_to_cpu = save
 
 
 class _Settings:

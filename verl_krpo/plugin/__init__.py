@@ -1,35 +1,48 @@
-"""What verl loads: the one place that touches verl's registries and Hydra's ConfigStore.
+"""What verl loads: krpo and kpo in its registries and config groups. What it has no door for is in hooks.py.
 
-verl 0.9 imports this module through the entry point group `verl.plugins` in every process that imports verl; older
+verl 0.9 imports this package through the entry point group `verl.plugins` in every process that imports verl; older
 versions through `VERL_USE_EXTERNAL_MODULES=verl_krpo.plugin`. verl logs a failing plugin at DEBUG only, so a failure
-is printed here before it is raised again.
+is printed here before it is raised again. Everything else happens when the module it concerns is imported, by verl and
+not by us: what verl may never need (its registries cost a second) is not loaded for our sake.
 """
 
-import functools
-import os
 import sys
 import traceback
+from types import ModuleType
 
 
 def register() -> None:
     """Put `krpo` and `kpo` into verl's registries and config groups. Calling it again changes nothing."""
-    _register_backends()  # first: what is imported below asks for the platform
-    from hydra.core.config_store import ConfigStore
-    from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
+    import wrapt
 
-    from verl_krpo.advantage import krpo
-    from verl_krpo.config import KpoConfig, KrpoConfig
-    from verl_krpo.plugin import estimator, metrics, sessions
+    from verl_krpo.backends import on_cpu
+    from verl_krpo.plugin import hooks
+
+    if on_cpu():  # first: what is imported later asks for the platform
+        from verl_krpo.backends import cpu_platform
+
+        cpu_platform.install()
+    hooks.install()
+    wrapt.register_post_import_hook(_register_methods, "verl.trainer.ppo.core_algos")
+    wrapt.register_post_import_hook(_register_groups, "hydra.core.config_store")
+    wrapt.register_post_import_hook(_register_hf, "verl.workers.rollout.replica")
+
+
+def _register_methods(core_algos: ModuleType) -> None:
+    from verl_krpo.plugin import estimator
     from verl_krpo.policy_loss import kpo
 
-    register_adv_est("krpo")(estimator.compute_advantage)
-    register_policy_loss("kpo")(kpo.compute_policy_loss)
-    metrics.attach()
-    sessions.attach()
+    core_algos.register_adv_est("krpo")(estimator.compute_advantage)
+    core_algos.register_policy_loss("kpo")(kpo.compute_policy_loss)
 
-    # Existing groups of verl's: a new group would be taken for a plain value where the plugin is missing.
-    store = ConfigStore.instance()
-    for name, settings in {"krpo": KrpoConfig(), "krpo_adaptive": krpo.ADAPTIVE}.items():
+
+def _register_groups(config_store: ModuleType) -> None:
+    """Existing groups of verl's: a new group would be taken for a plain value where the plugin is missing."""
+    from verl_krpo.advantage.krpo import ADAPTIVE
+    from verl_krpo.config import KpoConfig, KrpoConfig
+
+    store = config_store.ConfigStore.instance()
+    for name, settings in {"krpo": KrpoConfig(), "krpo_adaptive": ADAPTIVE}.items():
         store.store(group="algorithm", name=name, package="algorithm", node={"adv_estimator": "krpo", "krpo": settings})
     store.store(
         group="actor",
@@ -40,62 +53,15 @@ def register() -> None:
             "kpo": KpoConfig,
         },
     )
-    _check_before_ray()
 
 
-def _register_backends() -> None:
-    """verl without a GPU: the platform of VERL_PLATFORM=cpu, and rollout.name=hf, loaded when a job asks for it."""
-    if _on_cpu():
-        from verl_krpo.backends import cpu_platform
+def _register_hf(replica: ModuleType) -> None:
+    def load() -> type:
+        from verl_krpo.backends.hf_rollout import HfReplica
 
-        cpu_platform.install()
+        return HfReplica
 
-    from verl.workers.rollout.base import _ROLLOUT_REGISTRY
-    from verl.workers.rollout.replica import RolloutReplicaRegistry
-
-    RolloutReplicaRegistry.register("hf", _load_hf_replica)
-    _ROLLOUT_REGISTRY["hf", "async"] = "verl_krpo.backends.hf_rollout.HfServerAdapter"
-
-
-def _on_cpu() -> bool:
-    return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
-
-
-def _load_hf_replica() -> type:
-    from verl_krpo.backends.hf_rollout import HfReplica
-
-    return HfReplica
-
-
-def _check_before_ray() -> None:
-    """Run `guards.check` where verl validates its config: on the driver, before Ray starts."""
-    import verl.utils.config as verl_config
-    from omegaconf import OmegaConf
-
-    from verl_krpo import versions
-    from verl_krpo.plugin import guards
-
-    validate_config = verl_config.validate_config
-    if hasattr(validate_config, "__wrapped__"):
-        return
-
-    @functools.wraps(validate_config)
-    def checked(config, *args, **kwargs):
-        if line := versions.untested():
-            print(line, file=sys.stderr)
-        if _on_cpu():
-            from verl_krpo.backends import cpu_platform
-
-            cpu_platform.prepare(config)
-        rollout = config.actor_rollout_ref.rollout
-        if not OmegaConf.is_missing(rollout, "name") and rollout.name == "hf":
-            from verl_krpo.backends import hf_rollout
-
-            hf_rollout.check(rollout)
-        guards.check(config)
-        return validate_config(config, *args, **kwargs)
-
-    verl_config.validate_config = checked
+    replica.RolloutReplicaRegistry.register("hf", load)
 
 
 try:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from verl_krpo.advantage.krpo import estimate, settings_of
-from verl_krpo.plugin import metrics
+from verl_krpo.plugin import metrics, sessions
 
 
 def compute_advantage(
@@ -23,7 +23,9 @@ def compute_advantage(
     zero (padding, a rejected response) has advantage 0 and is no member of its group.
 
     ValueError names the rows and prompts of rewards that are not finite, or the wrong key of `algorithm.krpo`.
+    RuntimeError: the trainer would count a session of several outputs more than once.
     """
+    sessions.check_trainer()
     settings = settings_of(config)
     with torch.no_grad():
         dtype = torch.promote_types(token_level_rewards.dtype, torch.float32)

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from verl_krpo.advantage import krpo
 from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
 
+GROUPS = {KRPO_AT: "+algorithm=krpo", KPO_AT: "+actor@actor_rollout_ref.actor.policy_loss=kpo"}
 LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
 CORRECTION = "algorithm.rollout_correction"
 DISTILLATION = "distillation.distillation_loss"
@@ -15,6 +18,20 @@ def check(config: Any) -> None:
     _check_krpo(config.algorithm)
     _check_kpo(config.actor_rollout_ref.actor.policy_loss)
     _check_what_verl_drops(config)
+
+
+def check_overrides(overrides: list, config: Any) -> None:
+    """ConfigCompositionException for keys of krpo and kpo that no config group has opened: it names the group."""
+    from hydra.errors import ConfigCompositionException
+
+    for at, group in GROUPS.items():
+        for override in overrides:
+            sets = not (override.is_add() or override.is_force_add() or override.is_delete())
+            named = override.key_or_group == at or override.key_or_group.startswith(at + ".")
+            if sets and named and OmegaConf.select(config, at) is None:
+                raise ConfigCompositionException(
+                    f"{override.input_line}: there is no {at} before its config group is selected. Add {group}"
+                )
 
 
 def _check_krpo(algorithm: Any) -> None:

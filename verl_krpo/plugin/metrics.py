@@ -1,8 +1,8 @@
 """krpo/* scalars in the trainer's log.
 
 verl gives an advantage estimator no way to report anything. So the estimator leaves its scalars here, and verl's
-`Tracking.log`, which every trainer calls once a step in the process that computes advantages, is wrapped to take them
-along: they reach console, file, tensorboard and wandb alike.
+`Tracking.log`, which every trainer calls once a step in the process that computes advantages, takes them along
+(hooks.py): they reach console, file, tensorboard and wandb alike.
 
     krpo/baseline_mean                   mean of b_i
     krpo/gain_first, krpo/gain_last      mean over the groups of the filter's K_1 and K_n
@@ -18,7 +18,6 @@ Only counted rows enter. Several estimates within one step (the last 16) are ave
 summed, and of `group_size_min` the smallest is kept. Nothing is computed before a log asks for it.
 """
 
-import functools
 from collections import deque
 
 import torch
@@ -94,21 +93,6 @@ def drain() -> dict[str, float]:
     _pending.clear()
     keys = {key: None for step in steps for key in step}
     return {key: _MERGE.get(key, _mean)([step[key] for step in steps if key in step]) for key in keys}
-
-
-def attach() -> None:
-    """Make verl's Tracking.log carry the recorded scalars. Calling it again changes nothing."""
-    from verl.utils.tracking import Tracking
-
-    log = Tracking.log
-    if hasattr(log, "__wrapped__"):
-        return
-
-    @functools.wraps(log)
-    def log_with_krpo(self, data, *args, **kwargs):
-        return log(self, {**data, **drain()}, *args, **kwargs)
-
-    Tracking.log = log_with_krpo
 
 
 def _mean(values: list[float]) -> float:
