@@ -42,4 +42,4 @@ files=$(benchmark_files)
     data.val_files="$files" \
     trainer.validation_data_dir="$(realpath -m "$RUN_DIR")/samples" \
     "$@")
-[ -n "$DRY_RUN" ] || "$PYTHON" -m verl_krpo.cli evaluate "$RUN_DIR/samples"
+[ -n "$DRY_RUN" ] || "$PYTHON" -m verl_krpo evaluate "$RUN_DIR/samples"

@@ -37,20 +37,20 @@ launch() {
     fi
     "$PYTHON" -m verl_krpo.preflight --prepares-data "${job[@]}" || exit 1
     "$prepare"
-    exec "$PYTHON" -m verl_krpo.run_dir "$RUN_DIR" "$PYTHON" -m verl.trainer.main_ppo "${job[@]}"
+    exec "$PYTHON" -m verl_krpo run "$RUN_DIR" "$PYTHON" -m verl.trainer.main_ppo "${job[@]}"
 }
 
 # dataset NAME FOLDER OPTIONS...: from the hub, or from SOURCE/NAME.
 dataset() {
     local name=$1 folder=$2
     shift 2
-    "$PYTHON" -m verl_krpo.cli data "$name" --out "$folder" ${SOURCE:+--source "$SOURCE/$name"} "$@"
+    "$PYTHON" -m verl_krpo data "$name" --out "$folder" ${SOURCE:+--source "$SOURCE/$name"} "$@"
 }
 
 # The data of KRPO's experiments, by TASK: arithmetic (LEVEL) or openmath (TOPIC).
 prepare_krpo() {
     case $TASK in
-        arithmetic) "$PYTHON" -m verl_krpo.cli data arithmetic --level "$LEVEL" --seed 1 \
+        arithmetic) "$PYTHON" -m verl_krpo data arithmetic --level "$LEVEL" --seed 1 \
             --train "$TRAIN_ROWS" --test "$TEST_ROWS" --out "$DATA_DIR" ;;
         openmath) dataset openmath_instruct "$DATA_DIR" --topic "$TOPIC" ;;
     esac

@@ -1,32 +1,9 @@
 #!/usr/bin/env bash
-# KPO on DAPO-Math with Llama-3.2: FSDP training, vLLM rollouts, the published settings (arXiv 2602.10609).
+# KPO with Llama-3.2-3B-Instruct: as run_kpo_qwen.sh (its knobs and overrides hold here too), with another model.
 #
 #   bash recipes/run_kpo_llama.sh [verl overrides]
-#   METHOD=gspo SEED=2 bash recipes/run_kpo_llama.sh              the same job under another method
-#   DRY_RUN=1 bash recipes/run_kpo_llama.sh                       compose and validate, start nothing (no GPU needed)
 #
-# Needs GPUs and an environment with verl and vLLM: pip install "verl-krpo[gpu]". Given again after a crash, the same
-# command resumes at the last checkpoint. Afterwards: bash recipes/eval_math.sh RUN_DIR/global_step_N
+# The model's license has to be accepted on the hub; MODEL_PATH can name a folder instead.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-# ---- user-adjustable ----
-MODEL_PATH=${MODEL_PATH:-meta-llama/Llama-3.2-3B-Instruct}
-METHOD=${METHOD:-kpo}                     # a file of recipes/config/method
-SEED=${SEED:-1}
-NNODES=${NNODES:-1}                       # more than one: on a Ray cluster (docs/clusters.md)
-NGPUS_PER_NODE=${NGPUS_PER_NODE:-}        # empty: every GPU of this node (published: 2)
-BENCHMARKS=${BENCHMARKS:-math500 aime24 aime25}   # followed while training
-DATA_DIR=${DATA_DIR:-runs/data}
-SOURCE=${SOURCE:-}                        # empty: the hub; else each data set is in SOURCE/its name
-RUN_DIR=${RUN_DIR:-runs/${METHOD}_llama_math_seed$SEED}
-LOGGER=${LOGGER:-'["console","file","tensorboard"]'}
-PYTHON=${PYTHON:-python3}
-DRY_RUN=${DRY_RUN:-}
-# -------------------------
-
-source recipes/launch.sh
-launch kpo_math prepare_kpo \
-    data.train_files="$DATA_DIR/dapo_math/train.parquet" \
-    data.val_files="$(benchmark_files)" \
-    "$@"
+export FAMILY=llama MODEL_PATH=${MODEL_PATH:-meta-llama/Llama-3.2-3B-Instruct}
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run_kpo_qwen.sh" "$@"

@@ -23,16 +23,14 @@ python=$(bash scripts/setup.sh cpu)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 
 echo "[1/4] data: sums of two numbers"
-"$python" -m verl_krpo.cli data arithmetic --level sums --out "$DATA_DIR"
+"$python" -m verl_krpo data arithmetic --level sums --out "$DATA_DIR"
 echo "[2/4] model: a tiny Qwen2, warm-started"
-"$python" -m verl_krpo.cli tiny-model --out "$MODEL_PATH"
+"$python" -m verl_krpo tiny-model --out "$MODEL_PATH"
 
 echo "[3/4] training: $STEPS steps of 16 prompts x 8 with $METHOD; verl's own output goes to $RUN_DIR/log.txt"
 [[ $RUN_DIR == /* ]] || RUN_DIR=$PWD/$RUN_DIR
 export VERL_PLATFORM=cpu VERL_FILE_LOGGER_PATH="$RUN_DIR/metrics.jsonl"
-"$python" -m verl_krpo.run_dir --no-log "$RUN_DIR" \
-    "$python" -m verl_krpo.analysis.progress "$RUN_DIR/log.txt" "$VERL_FILE_LOGGER_PATH" \
-    "$python" -m verl.trainer.main_ppo --config-path "$PWD/recipes/config" --config-name arithmetic_cpu \
+"$python" -m verl_krpo run --quiet "$RUN_DIR" "$python" -m verl.trainer.main_ppo --config-path "$PWD/recipes/config" --config-name arithmetic_cpu \
     method="$METHOD" \
     data.train_files="$DATA_DIR/train.parquet" \
     data.val_files="$DATA_DIR/test.parquet" \
@@ -45,4 +43,4 @@ export VERL_PLATFORM=cpu VERL_FILE_LOGGER_PATH="$RUN_DIR/metrics.jsonl"
     "$@"
 
 echo "[4/4] result"
-"$python" -m verl_krpo.cli curves "$RUN_DIR"
+"$python" -m verl_krpo curves "$RUN_DIR"

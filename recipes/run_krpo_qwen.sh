@@ -25,7 +25,7 @@ TEST_ROWS=${TEST_ROWS:-1000}
 case $TASK in arithmetic) part=$LEVEL ;; openmath) part=$TOPIC ;; *) echo "TASK=$TASK: arithmetic or openmath" >&2; exit 2 ;; esac
 DATA_DIR=${DATA_DIR:-runs/data/${TASK}_$part}
 SOURCE=${SOURCE:-}                        # empty: the hub; else OpenMath-Instruct is in SOURCE/openmath_instruct
-RUN_DIR=${RUN_DIR:-runs/${METHOD}_qwen_${TASK}_${part}_seed$SEED}
+RUN_DIR=${RUN_DIR:-runs/${METHOD}_${FAMILY:-qwen}_${TASK}_${part}_seed$SEED}
 LOGGER=${LOGGER:-'["console","file","tensorboard"]'}
 PYTHON=${PYTHON:-python3}
 DRY_RUN=${DRY_RUN:-}

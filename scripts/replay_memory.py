@@ -46,7 +46,7 @@ def main() -> None:
     _, imports = run("-c", "import verl_krpo.analysis.replay_report, matplotlib.figure")
     with tempfile.TemporaryDirectory() as folder:
         steps = write(Path(folder), int(size * 1e9))
-        seconds, peak = run("-m", "verl_krpo.cli", "replay", folder, "--out", f"{folder}/replay.html")
+        seconds, peak = run("-m", "verl_krpo", "replay", folder, "--out", f"{folder}/replay.html")
     print(f"\n{size:g} GB in {steps} steps: {seconds:.0f} s, peak {peak:.0f} MB (imports alone: {imports:.0f} MB)")
 
 

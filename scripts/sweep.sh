@@ -68,7 +68,7 @@ for value in ${VALUES:-$values}; do
             if METHOD=$method SEED=$seed RUN_DIR=$run bash "$RECIPE" $(overrides_for "$value") "$@" \
                 > "$run/recipe.txt" 2>&1 < /dev/null
             then
-                echo "$label	$("$PYTHON" -m verl_krpo.run_dir "$run")" | tee -a "$results"
+                echo "$label	$("$PYTHON" -m verl_krpo run "$run")" | tee -a "$results"
             else
                 failed=$((failed + 1))
                 echo "$label	failed: $(tail -n 1 "$run/recipe.txt") (all of it: $run/recipe.txt)" | tee -a "$results"

@@ -42,7 +42,7 @@ PY
     root=$PWD
     (cd "$work" && VERL_USE_EXTERNAL_MODULES=$modules "$root/$env/bin/python" -m pytest "$root/tests/compat" \
         -c "$root/pyproject.toml" --rootdir="$root" -p no:cacheprovider -W ignore --quiet --junitxml="$work/$version.xml") || true
-    (cd "$work" && VERL_USE_EXTERNAL_MODULES=$modules "$root/$env/bin/python" -m verl_krpo.cli doctor --no-ray --json \
+    (cd "$work" && VERL_USE_EXTERNAL_MODULES=$modules "$root/$env/bin/python" -m verl_krpo doctor --no-ray --json \
         > "$work/$version.json") || true
 
 done

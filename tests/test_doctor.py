@@ -30,7 +30,7 @@ def run_doctor(*arguments, python=sys.executable, **env):
     # The checkout must not be the working directory: its package and its egg-info would be found first.
     cleared = {key: value for key, value in os.environ.items() if not key.startswith("VERL_USE_EXTERNAL")}
     return subprocess.run(
-        [python, "-m", "verl_krpo.cli", "doctor", *arguments],
+        [python, "-m", "verl_krpo", "doctor", *arguments],
         env=cleared | {"COLUMNS": "80", "OMP_NUM_THREADS": "1", "VERL_PLATFORM": ""} | env,
         cwd="/",
         capture_output=True,

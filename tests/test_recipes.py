@@ -183,13 +183,13 @@ def test_a_script_looks_prepares_and_starts_in_that_order(tmp_path, script, knob
     command = ["bash", ROOT / f"recipes/{script}.sh", *model, "trainer.total_epochs=3"]
     done = subprocess.run(command, env=os.environ | knobs, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    calls = [call.removeprefix("-m verl_krpo.") for call in (tmp_path / "calls").read_text().splitlines()]
-    looked, *prepared, trained = [call for call in calls if not call.startswith("cli evaluate")]
+    calls = [call.removeprefix("-m verl_krpo").lstrip(" .") for call in (tmp_path / "calls").read_text().splitlines()]
+    looked, *prepared, trained = [call for call in calls if not call.startswith("evaluate")]
     assert looked.startswith("preflight --prepares-data --config-path")
-    assert prepared == [f"cli data {dataset}" for dataset in datasets]
-    assert trained.startswith(f"run_dir {tmp_path}/run {python} -m verl.trainer.main_ppo --config-path")
+    assert prepared == [f"data {dataset}" for dataset in datasets]
+    assert trained.startswith(f"run {tmp_path}/run {python} -m verl.trainer.main_ppo --config-path")
     assert looked.endswith("trainer.total_epochs=3") and trained.endswith("trainer.total_epochs=3")
-    assert (calls[-1] == f"cli evaluate {tmp_path}/run/samples") == (script == "eval_math")
+    assert (calls[-1] == f"evaluate {tmp_path}/run/samples") == (script == "eval_math")
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="is about machines without a GPU")

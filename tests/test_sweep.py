@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = """
 echo "$METHOD $SEED $*" >> {calls}
 [ "$SEED" != "${{BAD_SEED:-}}" ] || {{ echo "CUDA out of memory" >&2; exit 1; }}
-{python} -m verl_krpo.run_dir "$RUN_DIR" {python} -c '
+{python} -m verl_krpo run "$RUN_DIR" {python} -c '
 import json, os, sys
 row = {{"step": 7, "data": {{"critic/score/mean": 0.25, "timing_s/step": 36, "val-core/sums/acc/mean@1": 0.5}}}}
 open(os.path.join(sys.argv[1], "metrics.jsonl"), "w").write(json.dumps(row) + chr(10))' "$RUN_DIR"

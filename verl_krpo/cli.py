@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from verl_krpo import __version__
 from verl_krpo.data.source import NAMES
 
 app = typer.Typer(
@@ -20,6 +21,14 @@ data = typer.Typer(
 app.add_typer(data, name="data")
 study = typer.Typer(help="The estimators on simulated rewards: a CSV, figures and a table.", no_args_is_help=True)
 app.add_typer(study, name="study")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
 
 Out = Annotated[Path, typer.Option("--out", help="The folder to write to.", file_okay=False)]
 Seed = Annotated[int, typer.Option(help="The same seed makes the same thing.")]
@@ -119,6 +128,22 @@ def replay(
     print(f"\nreport: {replay_report.write(runs, out)}")
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Everything of the run goes there.")],
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND...", help="The job; without it one line sums the run up.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="One line of progress instead of the job's output.")] = False,
+) -> None:
+    """Run a verl job in a directory of its own, or go on with it after a crash."""
+    from verl_krpo.runs import run_dir as runs
+
+    if command:
+        raise typer.Exit(runs.run(run_dir, command[command[0] == "--" :], quiet))
+    print(" ".join(f"{key} {value:.4g}" for key, value in runs.summary(run_dir).items()))
+
+
 @app.command()
 def curves(
     runs: Annotated[list[Path], typer.Argument(help="Folders that hold a metrics.jsonl of verl's file logger.")],
@@ -127,9 +152,9 @@ def curves(
     ] = None,
 ) -> None:
     """What runs have learned: held-out accuracy before and after, reward, seconds a step, and the reward curve."""
-    from verl_krpo.analysis.curves import show
+    from verl_krpo.runs.curves import show
 
-    show(runs, figure=out)
+    show(runs, out)
 
 
 @app.command()
@@ -140,7 +165,7 @@ def plot(
     out: Annotated[Path, typer.Option("--out", help="The figure, without ending: PNG and SVG.")] = Path("plot"),
 ) -> None:
     """Training curves of several runs and seeds: reward, accuracy, entropy, gradient norm, krpo and kpo metrics."""
-    from verl_krpo.analysis.plot import show
+    from verl_krpo.runs.plot import show
 
     show(runs, out)
 
@@ -207,7 +232,3 @@ def main() -> None:
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         print(f"verl-krpo: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -298,7 +298,7 @@ def test_the_command(folder, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "verl_krpo.cli",
+        "verl_krpo",
         "replay",
         folder,
         folder / "1.jsonl",

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from verl_krpo import run_dir
+from verl_krpo.runs import log
 
 pytestmark = pytest.mark.e2e
 
@@ -40,7 +40,7 @@ def start(job_inputs, tmp_path):
         job = [sys.executable, "-m", "verl.trainer.main_ppo", *CONFIG, *job_inputs, *SMALL]
         job += [f"trainer.default_local_dir={folder}", *overrides]
         inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        wrapper = [sys.executable, "-m", "verl_krpo.run_dir", str(folder), *job]
+        wrapper = [sys.executable, "-m", "verl_krpo", "run", str(folder), *job]
         with open(tmp_path / "output.txt", "a") as output:
             started.append(
                 subprocess.Popen(
@@ -68,7 +68,7 @@ def start(job_inputs, tmp_path):
 def wait_for_step(wrapper: subprocess.Popen, folder: Path, step: int, seconds: float = 240) -> None:
     """Until verl has logged this step; a failure of the test when the job ends or takes longer."""
     deadline = time.monotonic() + seconds
-    while step not in run_dir.metrics(folder):
+    while step not in log.rows(folder):
         assert wrapper.poll() is None and time.monotonic() < deadline, tail(folder)
         time.sleep(0.1)
 
@@ -98,7 +98,7 @@ def test_a_killed_trainer_resumes_at_the_saved_step_and_ends_with_the_same_steps
     wait_for_step(wrapper, folder, 3)
     child(wrapper, "verl.trainer.main_ppo").kill()
     assert wrapper.wait(120) == 128 + signal.SIGKILL
-    saved = run_dir.saved_step(folder)
+    saved = log.saved_step(folder)
     assert saved in (2, 4)
 
     wrapper = start(*steps)
@@ -107,11 +107,11 @@ def test_a_killed_trainer_resumes_at_the_saved_step_and_ends_with_the_same_steps
     assert [line.get("resumes_from") for line in attempts] == [0, None, saved, None]
     assert [line.get("status") for line in attempts] == [None, -9, None, 0]
     assert f"setting global step to {saved}" in (folder / "log.txt").read_text()
-    metrics = run_dir.metrics(folder)
+    metrics = log.rows(folder)
     assert sorted(metrics) == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(data["actor/pg_loss"]) for data in metrics.values())
     assert [metrics[step]["training/global_step"] for step in sorted(metrics)] == [1, 2, 3, 4, 5, 6]
-    assert run_dir.saved_step(folder) == 6
+    assert log.saved_step(folder) == 6
     assert (folder / ".hydra/config.yaml").exists() and (folder / "log.1.txt").exists()
 
     wrapper = start(*steps)  # a third time: there is nothing left to do
@@ -147,7 +147,7 @@ def test_a_llama_trains_on_two_ranks(start, tmp_path):
     two = ["trainer.n_gpus_per_node=2", f"actor_rollout_ref.model.path={tmp_path}/llama"]
     wrapper = start("trainer.total_training_steps=2", "trainer.save_freq=2", *two)
     assert wrapper.wait(300) == 0, tail(tmp_path / "run")
-    metrics = run_dir.metrics(tmp_path / "run")
+    metrics = log.rows(tmp_path / "run")
     assert sorted(metrics) == [1, 2]
     assert all(data["training/rollout_probs_diff_max"] < 1e-5 for data in metrics.values())
     shards = sorted(path.name for path in (tmp_path / "run/global_step_2/actor").glob("model_world_size_2_rank_*.pt"))

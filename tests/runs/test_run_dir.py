@@ -1,6 +1,7 @@
 """A run directory over attempts: real subprocesses that write what verl's file logger writes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from verl_krpo import run_dir
+from verl_krpo.runs import log, run_dir
 
 # As verl does: the metrics file is opened anew at every start, the job resumes after the last checkpoint.
 JOB = """
@@ -42,7 +43,7 @@ def test_a_killed_job_resumes_and_its_metrics_are_joined(job, tmp_path, capfd):
     assert run_dir.run(folder, command) == 128 + signal.SIGKILL
     said = f"{folder}: the job ended with status -9 after step 5; {folder}/log.txt has the reason; "
     assert capfd.readouterr().err == said + "the same command goes on from step 4\n"
-    assert sorted(run_dir.metrics(folder)) == [0, 1, 2, 3, 4, 5]
+    assert sorted(log.rows(folder)) == [0, 1, 2, 3, 4, 5]
     assert run_dir.run(folder, command) == 0
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
@@ -64,18 +65,18 @@ def test_what_a_killed_wrapper_left_is_kept_too(job, tmp_path):
     subprocess.run(job(6, 2, 4))
     (folder / "metrics.jsonl").open("a").write('{"step": 4, "da')  # cut off in the middle of a line
     run_dir.begin(folder, ["job"])
-    assert sorted(run_dir.metrics(folder)) == [0, 1, 2]
+    assert sorted(log.rows(folder)) == [0, 1, 2]
     run_dir.begin(folder, ["job"])
-    assert sorted(run_dir.metrics(folder)) == [0, 1, 2]
+    assert sorted(log.rows(folder)) == [0, 1, 2]
     assert run_dir.run(folder, job(6, 2, 4)) == 0
-    assert sorted(run_dir.metrics(folder)) == [0, 1, 2, 3, 4, 5, 6]
+    assert sorted(log.rows(folder)) == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_without_a_checkpoint_a_killed_job_starts_again_from_nothing(job, tmp_path):
     folder, command = tmp_path / "run", job(6, 5, 3)
     run_dir.run(folder, command)
     run_dir.begin(folder, command)
-    assert run_dir.metrics(folder) == {}
+    assert log.rows(folder) == {}
 
 
 def test_a_finished_run_is_not_started_again_and_not_mixed_with_another(job, tmp_path, capfd):
@@ -106,13 +107,102 @@ def test_a_signal_reaches_the_job_and_what_it_started(tmp_path, number):
     """SLURM ends a job by SIGTERM, Ctrl-C by SIGINT; the wrapper passes it on and writes the end down."""
     grandchild = "import os, time; print('up', os.getpid(), flush=True); time.sleep(600)"
     child = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {grandchild!r}]))"
-    wrapper = subprocess.Popen([sys.executable, "-m", "verl_krpo.run_dir", tmp_path, sys.executable, "-c", child])
-    deadline, log = time.monotonic() + 60, tmp_path / "log.txt"
-    while not (log.exists() and log.read_text().endswith("\n")):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    pid = int(log.read_text().split()[1])
+    wrapper = subprocess.Popen([sys.executable, "-m", "verl_krpo", "run", tmp_path, sys.executable, "-c", child])
+    pid = int(first_line(tmp_path / "log.txt").split()[1])
     wrapper.send_signal(number)
     assert wrapper.wait(60) in (128 + number, 1)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # dead, not yet reaped
     assert json.loads((tmp_path / "attempts.jsonl").read_text().splitlines()[-1])["status"] != 0
+
+
+SLEEPER = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(float(sys.argv[1]))"
+
+
+def first_line(log):
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return log.read_text()
+
+
+def test_a_job_that_outlives_its_killed_wrapper_is_not_started_twice(tmp_path):
+    command = [sys.executable, "-m", "verl_krpo", "run", tmp_path, sys.executable, "-c", SLEEPER, "600"]
+    wrapper = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    trainer = int(first_line(tmp_path / "log.txt"))
+    wrapper.kill()
+    wrapper.wait()
+    before = (tmp_path / "attempts.jsonl").read_text()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2 and "Traceback" not in again.stderr
+    assert f"a job is still running in {tmp_path}: process {trainer} on " in again.stderr
+    assert "import os, sys, time" in again.stderr  # its command
+    assert (tmp_path / "attempts.jsonl").read_text() == before and int((tmp_path / "log.txt").read_text()) == trainer
+
+    os.kill(trainer, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(trainer)] if psutil.pid_exists(trainer) else [], timeout=60)
+    assert run_dir.run(tmp_path, [sys.executable, "-c", SLEEPER, "0"]) == 0
+
+
+def test_two_directories_run_side_by_side_and_a_child_that_was_left_holds_nothing(tmp_path):
+    """Ray's daemons close what they inherit; what is left over from a job that has ended must not block the next."""
+    left = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {SLEEPER!r}, '600']); print(p.pid)"
+    assert run_dir.run(tmp_path / "a", [sys.executable, "-c", f"{left}; sys.exit(1)"]) == 1
+    try:
+        assert run_dir.run(tmp_path / "b", [sys.executable, "-c", SLEEPER, "0"]) == 0
+        assert run_dir.run(tmp_path / "a", [sys.executable, "-c", SLEEPER, "0"]) == 0
+    finally:
+        os.kill(int((tmp_path / "a/log.1.txt").read_text().split()[0]), signal.SIGKILL)
+
+
+def test_checkpoints_without_weights_are_removed_at_the_end(tmp_path):
+    for step, content in ((25, "data.pt"), (50, "actor/"), (75, "actor/model.pt"), (100, "data.pt"), (125, "data.pt")):
+        folder = tmp_path / f"global_step_{step}"
+        folder.mkdir()
+        (folder / "actor").mkdir() if content.startswith("actor") else None
+        (folder / content).touch() if not content.endswith("/") else None
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("100")
+    run_dir.end(tmp_path, 0)
+    assert sorted(path.name for path in tmp_path.glob("global_step_*")) == [
+        "global_step_100",  # the one that verl resumes from
+        "global_step_125",  # still being written when the job was killed
+        "global_step_75",
+    ]
+
+
+QUIET = """
+import json, sys, time
+with open(sys.argv[1], "w") as file:
+    for step in (0, 10, 15):
+        validated, trained = {"val-core/sums/acc/mean@1": 0.25}, {"critic/score/mean": step / 20, "timing_s/step": 1.5}
+        data = trained if step else validated
+        file.write(json.dumps({"step": step, "data": data}) + "\\n")
+    file.write('{"step": 16, "da')  # a line that is still being written
+print("noise of the job")
+sys.exit(int(sys.argv[2]))
+"""
+
+
+def quiet(tmp_path, code, status="0", **options):
+    command = [sys.executable, "-c", code, str(tmp_path / "metrics.jsonl"), status]
+    return run_dir.run(tmp_path, command, quiet=True, **options)
+
+
+def test_quiet_shows_steps_and_keeps_the_noise_in_the_log(tmp_path, capsys):
+    assert quiet(tmp_path, QUIET) == 0
+    shown = capsys.readouterr().out
+    assert "held-out accuracy 0.250" in shown
+    assert "step   10   reward 0.500   1.5 s" in shown
+    assert "step   15" not in shown  # without a terminal only every tenth step and validations stay
+    assert "noise" not in shown and "noise of the job" in (tmp_path / "log.txt").read_text()
+
+
+def test_quiet_shows_the_log_of_a_failing_job_and_passes_its_status_on(tmp_path, capsys):
+    assert quiet(tmp_path, QUIET, status="7") == 7
+    shown = capsys.readouterr().err
+    assert "noise of the job" in shown and str(tmp_path / "log.txt") in shown
+
+
+def test_a_silent_job_is_ended(tmp_path, capsys):
+    assert quiet(tmp_path, "import time; time.sleep(600)", stall_seconds=1) == 1
+    assert "no output for 1 s" in capsys.readouterr().err

@@ -8,7 +8,8 @@ import xml.etree.ElementTree as xml
 
 import pytest
 
-from verl_krpo.analysis.plot import band, draw, named, read, show
+from verl_krpo.runs.log import series as read
+from verl_krpo.runs.plot import draw, mean_and_std, named, show
 
 REWARD = "critic/score/mean"
 DATA = [
@@ -65,7 +66,7 @@ def test_nothing_there_is_named(tmp_path):
 
 
 def test_seeds_are_averaged_where_they_have_a_step():
-    steps, mean, spread = band([{1: 0.0, 2: 1.0, 3: 5.0}, {1: 2.0, 2: 1.0}])
+    steps, mean, spread = mean_and_std([{1: 0.0, 2: 1.0, 3: 5.0}, {1: 2.0, 2: 1.0}])
     assert (steps, mean) == ([1, 2, 3], [1.0, 1.0, 5.0])
     assert spread == pytest.approx([math.sqrt(2), 0.0, 0.0])
 
@@ -87,7 +88,7 @@ def test_the_figure_has_a_panel_for_what_was_logged(logged, tmp_path):
 
 
 def test_the_command(logged, tmp_path):
-    command = [sys.executable, "-m", "verl_krpo.cli", "plot", f"krpo={logged[0]}", f"krpo={logged[1]}", str(logged[0])]
+    command = [sys.executable, "-m", "verl_krpo", "plot", f"krpo={logged[0]}", f"krpo={logged[1]}", str(logged[0])]
     done = subprocess.run([*command, "--out", tmp_path / "curves"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "krpo: 2 runs, 5 steps" in done.stdout and "file: 1 run, 5 steps" in done.stdout

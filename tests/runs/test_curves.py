@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from verl.utils.tracking import Tracking
 
-from verl_krpo.analysis import curves
+from verl_krpo.runs import curves
 
 
 def shown(paths, figure=None, width=80):
@@ -43,9 +43,8 @@ def test_reads_what_verl_logs(run):
     assert read.name == "krpo_seed1" and read.missing() == []
     assert read.accuracy == pytest.approx({0: 0.25, 10: 0.5, 20: 0.7, 30: 0.9})
     assert sorted(read.reward) == sorted(read.seconds) == list(range(1, 31))
-    assert curves.mean_of(read.reward, first=True) == pytest.approx(0.402 + 5.5 / 100)
-    assert curves.mean_of(read.reward, first=False) == pytest.approx(0.402 + 25.5 / 100)
-    assert read.checkpoint == run / "global_step_30"
+    assert read.numbers() == pytest.approx((0.25, 0.9, 0.402 + 5.5 / 100, 0.402 + 25.5 / 100, 2.1))
+    assert read.checkpoint() == run / "global_step_30"
 
 
 def test_table_and_figure(run, tmp_path):
@@ -86,7 +85,7 @@ def test_missing_metrics_are_named(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(json.dumps({"step": s, "data": {"critic/score/mean": 0.5}}) + "\n" for s in range(1, 4)))
     text, drawn = shown([log])
-    assert "the log holds no timing_s/step" in text and "the log holds no val-core/*/acc/*" in text
+    assert "the log holds no timing_s/step" in text and "the log holds no val-core/*/acc/mean@*" in text
     assert drawn.exists()
 
 

@@ -1,0 +1,173 @@
+"""`verl-krpo curves`: what runs have learned, a table in the terminal and a figure.
+
+A metric that a log does not have is named in the table; the rest is shown all the same.
+"""
+
+import math
+import os
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl_krpo.runs import figure, log
+from verl_krpo.runs.log import ACCURACY, REWARD, SECONDS, Series
+
+WINDOW = 10
+
+
+@dataclass
+class Run:
+    """One run, each series as {step: value}; an empty one was not logged."""
+
+    name: str
+    folder: Path
+    reward: Series
+    seconds: Series
+    accuracy: Series
+
+    def missing(self) -> list[str]:
+        """Names of the metrics that were not logged."""
+        named = {REWARD: self.reward, SECONDS: self.seconds, "val-core/*/acc/mean@*": self.accuracy}
+        return [key for key, series in named.items() if not series]
+
+    def numbers(self) -> tuple[float, ...]:
+        """Accuracy before and after, mean reward of the first and last WINDOW steps, median seconds a step, or NaN."""
+        accuracy, reward = list(self.accuracy.values()), list(self.reward.values())
+        return (
+            accuracy[0] if accuracy else math.nan,
+            accuracy[-1] if accuracy else math.nan,
+            statistics.fmean(reward[:WINDOW]) if reward else math.nan,
+            statistics.fmean(reward[-WINDOW:]) if reward else math.nan,
+            statistics.median(self.seconds.values()) if self.seconds else math.nan,
+        )
+
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint that verl finished writing."""
+        step = log.saved_step(self.folder)
+        return self.folder / f"global_step_{step}" if step else None
+
+
+def read(path: str | os.PathLike) -> Run:
+    """Read a run, a folder or its log. FileNotFoundError without a log, ValueError for one without a step."""
+    path = Path(path)
+    series = log.series(path)
+    if not (REWARD in series or ACCURACY in series):
+        raise ValueError(f"{path} holds neither {REWARD} nor val-core/*/acc/mean@*: has the first step ended?")
+    found = (series.get(metric, {}) for metric in (REWARD, SECONDS, ACCURACY))
+    return Run(log.name_of(path), path if path.is_dir() else path.parent, *found)
+
+
+def smoothed(values: Sequence[float], window: int = WINDOW) -> list[float]:
+    """Centered moving mean; near the ends over the values there are."""
+    half = window // 2
+    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def table(runs: Sequence[Run], drawn: Path | None = None, console=None) -> None:
+    """Print one row a run, then the paths; fits in 80 columns."""
+    from rich.console import Console
+
+    console = console or Console(soft_wrap=False)
+
+    def note(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    rows = []
+    for run in runs:
+        *learned, seconds = map(_number, run.numbers())
+        rows.append([run.name, *learned, str(max(run.reward, default=0)), seconds])
+    rewards = (f"reward\nfirst {WINDOW}", f"\nlast {WINDOW}")
+    _print(console, ("run", "accuracy\nbefore", "\nafter", *rewards, "\nsteps", "s/step\nmedian"), rows)
+    if rows := _over_seeds(runs):
+        console.print()
+        headings = ("method", "\nseeds", "accuracy\nbefore", "\nafter", f"reward\nlast {WINDOW}", "s/step\nmedian")
+        _print(console, headings, rows)
+    for run in runs:
+        for key in run.missing():
+            note(f"{run.name}: the log holds no {key}")
+        if len(run.accuracy) == 1:
+            note(f"{run.name}: validated once only, so before and after are one")
+    for run in runs:
+        if checkpoint := run.checkpoint():
+            note(f"checkpoint{f' of {run.name}' if len(runs) > 1 else ''}: {checkpoint}")
+    if drawn:
+        note(f"figure: {drawn}")
+
+
+def _print(console, headings: Sequence[str], rows: list[list[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column(headings[0], overflow="fold", max_width=23)
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
+    """Mean and standard deviation over runs that differ in their `_seedN` alone; none where no two do."""
+    methods: dict[str, list[Run]] = {}
+    for run in runs:
+        methods.setdefault(re.sub(r"_seed\d+$", "", run.name), []).append(run)
+    if max(map(len, methods.values())) < 2:
+        return []
+    rows = []
+    for name, seeds in methods.items():
+        before, after, _, last, seconds = zip(*(run.numbers() for run in seeds), strict=True)
+        rows.append([name, str(len(seeds)), *map(_mean_and_spread, (before, after, last, seconds))])
+    return rows
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{_number(statistics.fmean(values))}{spread}"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def plot(runs: Sequence[Run], path: str | os.PathLike) -> Path:
+    """Draw the mean reward (faint; smoothed over WINDOW steps) and held-out accuracy (points) to PATH.png and PATH.svg.
+
+    Returns the path of the PNG.
+    """
+    drawn, ((axes,),) = figure.axes(1, 1, 8, 4.8)
+    alone = len(runs) == 1
+    colors = figure.colors([run.name for run in runs])
+    for run in runs:
+        color = colors[run.name]
+        steps, values = list(run.reward), list(run.reward.values())
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+        axes.plot(steps, smoothed(values), color=color, linewidth=2, label="mean reward" if alone else run.name)
+        points = list(run.accuracy.items())
+        label = "held-out accuracy" if alone else None
+        axes.plot(*zip(*points, strict=True) if points else ([], []), "o", color=color, markeredgecolor="white",
+                  label=label, clip_on=False, zorder=3)  # fmt: skip
+        for step, height in {points[0], points[-1]} if alone and points else ():
+            axes.annotate(f"{height:.2f}", (step, height), (0, -15), textcoords="offset points", ha="center")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("reward, accuracy" if alone else "mean reward (lines), held-out accuracy (points)")
+    logged = [value for run in runs for series in (run.reward, run.accuracy) for value in series.values()]
+    axes.set_ylim(min(0, *logged), max(1, *logged))
+    figure.whole_steps(axes)
+    figure.legend(drawn, axes, title=runs[0].name if alone else None, alignment="left")
+    return figure.save(drawn, path)
+
+
+def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, console=None) -> Path:
+    """Read the runs, draw the figure (default: reward.png beside the first log) and print the table."""
+    runs = [read(path) for path in paths]
+    if not runs:
+        raise ValueError("name at least one run: a metrics.jsonl or its folder")
+    names = [run.name for run in runs]
+    for run, path in zip(runs, paths, strict=True):
+        if names.count(run.name) > 1:
+            run.name = str(path)
+    drawn = plot(runs, out or runs[0].folder / "reward")
+    table(runs, drawn, console)
+    return drawn
