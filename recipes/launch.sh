@@ -33,9 +33,9 @@ launch() {
         "$@"
     )
     if [ -n "$DRY_RUN" ]; then
-        exec "$PYTHON" -m verl_krpo.check "${job[@]}"
+        exec "$PYTHON" -m verl_krpo check "${job[@]}"
     fi
-    "$PYTHON" -m verl_krpo.preflight --prepares-data "${job[@]}" || exit 1
+    "$PYTHON" -m verl_krpo preflight --prepares-data "${job[@]}" || exit 1
     "$prepare"
     exec "$PYTHON" -m verl_krpo run "$RUN_DIR" "$PYTHON" -m verl.trainer.main_ppo "${job[@]}"
 }

@@ -22,7 +22,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md")) + [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 CONFIGS = {"algorithm.krpo": KrpoConfig, "policy_loss.kpo": KpoConfig}
 CPU_JOB = """#!/usr/bin/env bash
-exec python -m verl_krpo.check algorithm.adv_estimator=grpo data.train_batch_size=32 trainer.n_gpus_per_node=1 \
+exec python -m verl_krpo check algorithm.adv_estimator=grpo data.train_batch_size=32 trainer.n_gpus_per_node=1 \
     actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n=8 \
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 actor_rollout_ref.actor.ppo_mini_batch_size=8 \
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4 "$@"

@@ -145,10 +145,10 @@ def test_a_script_composes_its_recipe_with_its_knobs(tmp_path, script):
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    module, *arguments = (tmp_path / "arguments").read_text().splitlines()[1:]
-    assert module == "verl_krpo.check"
+    *module, command = (arguments := (tmp_path / "arguments").read_text().splitlines())[:3]
+    assert (module, command) == (["-m", "verl_krpo"], "check")
     assert arguments[arguments.index("--config-name") + 1] == SCRIPTS[script][0]
-    config = compose(arguments)
+    config = compose(arguments[3:])
     assert config.algorithm.adv_estimator == "rloo"
     assert config.actor_rollout_ref.rollout.n == 5
     assert config.actor_rollout_ref.model.path == SCRIPTS[script][1]
@@ -183,7 +183,7 @@ def test_a_script_looks_prepares_and_starts_in_that_order(tmp_path, script, knob
     command = ["bash", ROOT / f"recipes/{script}.sh", *model, "trainer.total_epochs=3"]
     done = subprocess.run(command, env=os.environ | knobs, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    calls = [call.removeprefix("-m verl_krpo").lstrip(" .") for call in (tmp_path / "calls").read_text().splitlines()]
+    calls = [call.removeprefix("-m verl_krpo ") for call in (tmp_path / "calls").read_text().splitlines()]
     looked, *prepared, trained = [call for call in calls if not call.startswith("evaluate")]
     assert looked.startswith("preflight --prepares-data --config-path")
     assert prepared == [f"data {dataset}" for dataset in datasets]

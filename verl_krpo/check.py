@@ -1,14 +1,14 @@
-"""Compose and validate a verl job, start nothing: `python -m verl_krpo.check` takes main_ppo's own arguments.
+"""Compose and validate a verl job, start nothing: `verl-krpo check` takes main_ppo's own arguments.
 
 The settings of KRPO and KPO in force are printed; a wrong key or value fails here as it would on the driver.
 """
 
-import hydra
 from omegaconf import DictConfig
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
 from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
+from verl_krpo.doctor import compose
 
 
 def settings(config: DictConfig) -> list[tuple[str, object]]:
@@ -33,12 +33,8 @@ def _rows(at: str, values: KrpoConfig | KpoConfig) -> list[tuple[str, object]]:
     return [(f"{at}.{key}", getattr(value, "value", value)) for key, value in vars(values).items()]
 
 
-@hydra.main(config_path="pkg://verl.trainer.config", config_name="ppo_trainer", version_base=None)
-def main(config: DictConfig) -> None:
+def main(arguments: list[str]) -> None:
+    config = compose(arguments)
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     for key, value in settings(config):
         print(f"{key} = {value}")
-
-
-if __name__ == "__main__":
-    main()

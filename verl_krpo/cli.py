@@ -31,6 +31,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 Out = Annotated[Path, typer.Option("--out", help="The folder to write to.", file_okay=False)]
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # arguments of another parser
 Seed = Annotated[int, typer.Option(help="The same seed makes the same thing.")]
 
 
@@ -97,6 +98,22 @@ def doctor(
     else:
         doctor.show(findings)
     raise typer.Exit(doctor.exit_status(findings))
+
+
+@app.command(context_settings=PASSED_ON, add_help_option=False)
+def check(context: typer.Context) -> None:
+    """Compose and validate a verl job, start nothing; takes main_ppo's own arguments."""
+    from verl_krpo import check
+
+    check.main(context.args)
+
+
+@app.command(context_settings=PASSED_ON, add_help_option=False)
+def preflight(context: typer.Context) -> None:
+    """Name all that a verl job would miss here, before Ray starts; takes main_ppo's own arguments."""
+    from verl_krpo import preflight
+
+    raise typer.Exit(preflight.main(context.args))
 
 
 @app.command()
@@ -185,7 +202,7 @@ def evaluate(
     show(dumps, out)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+@app.command(context_settings=PASSED_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """What filters, loss and estimator cost: filter, kpo or krpo (see verl-krpo bench --help)."""
     from verl_krpo.bench.__main__ import main as benchmark

@@ -1,4 +1,4 @@
-"""What a recipe needs, looked at before Ray starts: `python -m verl_krpo.preflight` takes main_ppo's own arguments.
+"""What a recipe needs, looked at before Ray starts: `verl-krpo preflight` takes main_ppo's own arguments.
 
 Everything that is missing is named at once, each with what mends it; the exit status is then 1.
 
@@ -306,7 +306,3 @@ def main(arguments: list[str]) -> int:
     for lack in lacks:
         print(f"missing: {lack.what}\n  -> {lack.mend}", file=sys.stderr)
     return 1 if lacks else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

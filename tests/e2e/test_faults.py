@@ -198,7 +198,7 @@ def test_two_ray_nodes_train_and_a_lost_node_ends_the_job(start, cluster, job_in
     deadline = time.monotonic() + 120
     while True:  # the preflight itself waits for nodes, but needs a head that answers
         done = subprocess.run(
-            [sys.executable, "-m", "verl_krpo.preflight", *CONFIG, *job_inputs, *SMALL, *two],
+            [sys.executable, "-m", "verl_krpo", "preflight", *CONFIG, *job_inputs, *SMALL, *two],
             env=os.environ | environment | {"VERL_PLATFORM": "cpu"},
             capture_output=True,
             text=True,
