@@ -8,24 +8,27 @@ The final answer is the first of these that the response holds:
     the last complete \\boxed{...} (\\fbox and a bare `\\boxed 5` too)
     the rest of the line after the last ####
 
-Two plain numbers are compared as exact fractions; anything else by math-verify, in verl's pool of processes, where its
-time limits (5 s each for parsing and for comparing) work. Answers of more than 1,000 characters are wrong.
+equal.py compares text and plain numbers, pool.py has the rest compared by math-verify (algebra.py) in processes of its
+own. What cannot be graded, because it takes more than 5 s of CPU time or 2 GiB, scores 0 with `ungraded` 1 and is
+logged. Answers of more than 1,000 characters are wrong unless they are the truth to the letter.
 """
 
-import re
-from fractions import Fraction
+import logging
+import os
 from importlib.util import find_spec
 
 from verl_krpo.data.boxed import last_boxed
+from verl_krpo.reward.equal import exact, read, same
+from verl_krpo.reward.pool import Failed, Pool
 
 if find_spec("math_verify") is None:
-    # verl's wrapper would print a line and give 0 for every answer.
     raise ImportError("the math reward needs math-verify: pip install math-verify")
 
 MAX_CHARACTERS = 1000
-TIMEOUT_SECONDS = 30.0
 
-_NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?\.?")
+_log = logging.getLogger(__name__)
+# verl imports this file when a job's reward workers start, long before the first answer.
+_pool = Pool("verl_krpo.reward.algebra:equal", processes=min(4, os.cpu_count() or 1))
 
 
 def extract(text: str) -> str | None:
@@ -42,45 +45,45 @@ def extract(text: str) -> str | None:
     return rest.strip().partition("\n")[0].strip() if marked else None
 
 
-def plain(answer: str) -> str:
-    """An answer without dollar signs, spaces around it and a unicode minus."""
-    return answer.replace("\u2212", "-").replace("\\$", "").replace("$", "").replace("{,}", ",").strip()
-
-
-def _number(answer: str) -> Fraction | None:
-    digits = answer.replace(",", "").rstrip(".")
-    return Fraction(digits) if _NUMBER.fullmatch(answer) and any(c.isdigit() for c in digits) else None
-
-
 def equivalent(answer: str, truth: str) -> bool:
-    """Whether two answers are the same."""
-    if len(answer) > MAX_CHARACTERS:
-        return False
-    answer, truth = plain(answer), plain(truth)
-    if not answer:
-        return False
+    """Whether two answers are the same. pool.Failed where that cannot be found out."""
     if answer == truth:
         return True
-    numbers = _number(answer), _number(truth)
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    from verl.utils.reward_score.math_verify import compute_score as verify
-
-    return verify("\\boxed{" + answer + "}", truth, timeout=TIMEOUT_SECONDS) > 0
+    if len(answer) > MAX_CHARACTERS or not answer:
+        return False
+    ours, theirs = read(answer), read(truth)
+    verdict = same(ours, theirs)
+    return _pool.call(exact(ours.latex), exact(theirs.latex)) if verdict is None else verdict
 
 
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None, **kwargs
 ) -> dict[str, float | str]:
-    """Score one response: score and acc (1 or 0), format (1 if there is a final answer), pred (that answer, for
-    verl's majority vote) and source (the data source, which verl's validation dump lacks).
+    """Score one response. The keys are the same whatever the response:
+
+        score, acc   1 if the answer is right, else 0
+        format       1 if there is a final answer
+        ungraded     1 if it could not be graded
+        pred         the final answer, for verl's majority vote
+        source       the data source, which verl's validation dump lacks
 
     ValueError when the ground truth is empty.
     """
-    truth = str(ground_truth)
-    if not truth.strip():
-        raise ValueError(f"{data_source}: the ground truth is empty; drop the row or mend reward_model.ground_truth")
+    truth = str(ground_truth).strip()
+    if not truth:
+        raise ValueError(f"{data_source}: the ground truth is empty; drop the row or fill reward_model.ground_truth")
     answer = extract(solution_str)
-    right = float(answer is not None and equivalent(answer, truth))
-    pred = "" if answer is None else plain(answer)[:MAX_CHARACTERS]
-    return {"score": right, "acc": right, "format": float(answer is not None), "pred": pred, "source": data_source}
+    right, ungraded = False, False
+    try:
+        right = answer is not None and equivalent(answer, truth)
+    except Failed as failure:
+        ungraded = True
+        _log.warning("%s: not graded, score 0: %.200r against %.200r: %s", data_source, answer, truth, failure)
+    return {
+        "score": float(right),
+        "acc": float(right),
+        "format": float(answer is not None),
+        "ungraded": float(ungraded),
+        "pred": "" if answer is None else answer.replace("\\$", "").replace("$", "").strip()[:MAX_CHARACTERS],
+        "source": data_source,
+    }
