@@ -30,6 +30,7 @@ import numpy as np
 
 from verl_krpo.data.boxed import last_boxed
 from verl_krpo.reward import answer_tag
+from verl_krpo.runs import figure
 
 RESAMPLES = 10_000
 ENUMERATED = 14  # up to so many non-zero differences every pattern of signs is tried
@@ -231,8 +232,7 @@ def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = Non
     out = Path(out) if out is not None else _dump(paths[0]).parent
     out.mkdir(parents=True, exist_ok=True)
     table = _write_csv(runs, measured, comparisons, out / "evaluation.csv")
-    figure = plot(measured, out / "evaluation.png")
-    for label, path in (("table", table), ("figure", figure)):
+    for label, path in (("table", table), ("figure", plot(measured, out / "evaluation.png"))):
         console.print(f"{label}: {path}", soft_wrap=True, markup=False, highlight=False)
     return table
 
@@ -294,46 +294,30 @@ def _write_csv(runs: dict, measured: dict, comparisons: dict[str, list[Compariso
 
 def plot(measured: dict[str, dict[str, dict[str, Estimate]]], path: str | os.PathLike) -> Path:
     """A panel a benchmark: pass@k (lines) and maj@k (dashed) over k with their intervals, to PATH.png and PATH.svg."""
-    from matplotlib.figure import Figure
-
-    from verl_krpo.analysis.curves import COLOURS
-
     names = sorted({name for benchmarks in measured.values() for name in benchmarks})
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(max(5.0, 3.4 * columns), 3.0 * lines + 0.6), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for panel, name in zip(panels, names, strict=False):
-        for index, (run, benchmarks) in enumerate(measured.items()):
-            colour = COLOURS[index % len(COLOURS)]
+    drawn, axes = figure.axes(lines, columns, max(5.0, 3.4 * columns), 3.0 * lines + 0.6)
+    colors = figure.colors(list(measured))
+    for axis, name in zip(axes.flat, names, strict=False):
+        for run, benchmarks in measured.items():
             for metric, style in (("pass", "-"), ("maj", "--")):
-                _draw(panel, benchmarks.get(name, {}), metric, style, colour, run if len(measured) > 1 else "")
-        panel.set_title(name, loc="left", fontsize=10)
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
-        panel.set_ylim(0, 1)
-        panel.grid(color="0.9", linewidth=0.8)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.set_xlabel("samples k")
-    for panel in panels[len(names) :]:
-        panel.set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", frameon=False, ncols=2)
-
-    path = Path(path).with_suffix("")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".svg", ".png"):
-        figure.savefig(path.with_name(path.name + suffix), dpi=150)
-    return path.with_name(path.name + ".png")
+                label = f"{run if len(measured) > 1 else ''} {metric}@k".strip()
+                _draw(axis, benchmarks.get(name, {}), metric, color=colors[run], linestyle=style, label=label)
+        axis.set(title=name, xlabel="samples k", ylim=(0, 1))
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.legend(drawn, axes[0, 0], ncols=2)
+    return figure.save(drawn, path)
 
 
-def _draw(panel, estimates: dict[str, Estimate], metric: str, style: str, colour: str, run: str) -> None:
-    at = {int(key.partition("@")[2]): e for key, e in estimates.items() if key.startswith(f"{metric}@")}
-    found = sorted(at.items(), key=lambda item: item[0])
-    if not found:
-        return
-    ks, values = [k for k, _ in found], [e.value for _, e in found]
-    label = f"{run} {metric}@k".strip()
-    panel.plot(ks, values, style, color=colour, marker="o", markersize=4, linewidth=1.8, label=label)
+def _draw(axis, estimates: dict[str, Estimate], metric: str, **line) -> None:
+    at = sorted((int(key.partition("@")[2]), e) for key, e in estimates.items() if key.startswith(f"{metric}@"))
+    ks, values = [k for k, _ in at], [e for _, e in at]
     if metric == "pass":
-        panel.fill_between(ks, [e.low for _, e in found], [e.high for _, e in found], color=colour, alpha=0.15, lw=0)
+        low, high = [e.low for e in values], [e.high for e in values]
+        figure.band(axis, ks, [e.value for e in values], low, high, marker="o", markersize=4, **line)
+    else:
+        axis.plot(ks, [e.value for e in values], marker="o", markersize=4, linewidth=1.8, **line)

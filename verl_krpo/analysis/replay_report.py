@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from verl_krpo import __version__
-from verl_krpo.analysis.curves import COLOURS
 from verl_krpo.analysis.replay import EDGES, METHODS, ORDERS, PLACES, Replay
 from verl_krpo.config import KrpoConfig
+from verl_krpo.runs import figure as look
+
+COLOURS = [look.color(method) for method in METHODS]
 
 COLUMNS = ("std", "max", "order", "first", "last", "no signal", "variance")
 EXPLAINED = {
