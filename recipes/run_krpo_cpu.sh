@@ -13,13 +13,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 METHOD=${METHOD:-krpo}                    # a file of recipes/config/method
 SEED=${SEED:-1}
 STEPS=${STEPS:-100}
+ROLLOUT=${ROLLOUT:-hf}                    # what generates: hf (transformers), or vllm
 MODEL_PATH=${MODEL_PATH:-runs/model/tiny}
 DATA_DIR=${DATA_DIR:-runs/data/sums}
 RUN_DIR=${RUN_DIR:-runs/${METHOD}_cpu_seed$SEED}
 LOGGER=${LOGGER:-'["console","file"]'}
 # -------------------------
 
-python=$(bash scripts/setup.sh cpu)
+python=$(bash scripts/setup.sh "$([ "$ROLLOUT" = vllm ] && echo vllm || echo cpu)")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 
 echo "[1/4] data: sums of two numbers"
@@ -36,6 +37,7 @@ export VERL_PLATFORM=cpu VERL_FILE_LOGGER_PATH="$RUN_DIR/metrics.jsonl"
     data.val_files="$DATA_DIR/test.parquet" \
     data.seed="$SEED" \
     actor_rollout_ref.model.path="$MODEL_PATH" \
+    actor_rollout_ref.rollout.name="$ROLLOUT" \
     trainer.total_training_steps="$STEPS" \
     trainer.logger="$LOGGER" \
     trainer.experiment_name="$(basename "$RUN_DIR")" \

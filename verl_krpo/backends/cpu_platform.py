@@ -17,6 +17,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
+from verl_krpo.backends import vllm_cpu
+
 FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
 
@@ -125,11 +127,12 @@ class _Settings:
             OmegaConf.update(self.config, key, cpu, force_add=True)
         self.changed[key] = cpu
 
-    def require(self, key: str, value: object) -> None:
-        """ValueError where `key` is there with another value."""
+    def require(self, key: str, *values: object) -> None:
+        """ValueError where `key` is there with none of these values."""
         given = OmegaConf.select(self.config, key)
-        if given not in (None, value):
-            raise ValueError(f"{key}={given} does not run with VERL_PLATFORM=cpu: set {key}={value}")
+        if given not in (None, *values):
+            ways = " or ".join(f"{key}={value}" for value in values)
+            raise ValueError(f"{key}={given} does not run with VERL_PLATFORM=cpu: set {ways}")
 
 
 def prepare(config: DictConfig) -> None:
@@ -166,7 +169,11 @@ def prepare(config: DictConfig) -> None:
         require(f"{model}.use_remove_padding", False)
     require("trainer.use_v1", True)
     require("trainer.device", "cpu")
-    require(f"{rollout}.name", "hf")
+    require(f"{rollout}.name", "hf", "vllm")
+    if config.actor_rollout_ref.rollout.name == "vllm":
+        vllm_cpu.require_installed()
+        for key, gpu, cpu in vllm_cpu.DEFAULTS:
+            default(f"{rollout}.{key}", gpu, cpu)
     if config.trainer.v1.trainer_mode == "separate_async":  # servers with ranks of their own, weights over gloo
         default(f"{rollout}.nnodes", 0, 1)
         default(f"{rollout}.checkpoint_engine.backend", "naive", "gloo")
@@ -223,7 +230,10 @@ def _ray_resources(config: DictConfig, default) -> None:
     cpus, gpus = logical_resources(config)
     init = config.ray_kwargs.ray_init
     # TransferQueue sets torch's number of threads at every call: to more than the cores, unless told.
-    environment = {key: os.environ.get(key, "1") for key in ("OMP_NUM_THREADS", "TQ_NUM_THREADS")}
+    wanted = {"OMP_NUM_THREADS": "1", "TQ_NUM_THREADS": "1"}
+    if config.actor_rollout_ref.rollout.name == "vllm":
+        wanted |= vllm_cpu.ENVIRONMENT
+    environment = {key: os.environ.get(key, value) for key, value in wanted.items()}
     environment |= {"VERL_PLATFORM": "cpu"} | dict(OmegaConf.select(init, "runtime_env.env_vars") or {})
     with open_dict(config):
         OmegaConf.update(init, "runtime_env.env_vars", environment, force_add=True)
