@@ -70,7 +70,7 @@ def test_preparing_twice_changes_nothing(prepared, capsys):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.rollout.name=vllm .*set .*rollout.name=hf"),
+        ("actor_rollout_ref.rollout.name=sglang", "rollout.name=sglang .*set .*name=hf or .*name=vllm"),
         ("trainer.use_v1=False", "trainer.use_v1=False .*set trainer.use_v1=True"),
         ("actor_rollout_ref.actor.strategy=megatron", "actor.strategy=megatron .*set .*strategy=fsdp2"),
         ("trainer.device=npu", "trainer.device=npu .*set trainer.device=cpu"),

