@@ -53,12 +53,10 @@ def answer_for_vllm(version: Callable, name: str) -> str:
 
 
 def keep_weights() -> None:
-    """Have vLLM's CPU build keep the weights it packs: an entry point of `vllm.general_plugins`: vLLM calls it in each
-    of its processes, on GPUs too, where nothing is changed. RuntimeError where vLLM no longer has what it changes."""
+    """Have vLLM's CPU build keep the weights it packs: an entry point of `vllm.general_plugins`, called in each of
+    vLLM's processes; on GPUs nothing is changed. RuntimeError where vLLM no longer has what it changes."""
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
-
-    from verl_krpo.plugin.hooks import wrap
 
     if not current_platform.is_cpu():
         return
@@ -73,4 +71,4 @@ def keep_weights() -> None:
             "or use actor_rollout_ref.rollout.name=hf"
         )
 
-    wrap(utils, name, lambda dispatch, layer, remove_weight: dispatch(layer, remove_weight=False))
+    setattr(utils, name, lambda layer, remove_weight: original(layer, remove_weight=False))

@@ -13,7 +13,9 @@ LOOK_MILLISECONDS = 1000
 _answer = None  # of vLLM's workers to the update that is sent next, a Ray reference
 
 
-async def remember_the_answer(execute: Callable, adapter: Any, method: str, non_block: bool = False, **call: Any) -> Any:
+async def remember_the_answer(
+    execute: Callable, adapter: Any, method: str, non_block: bool = False, **call: Any
+) -> Any:
     """verl's call of vLLM's workers; it returns before they have answered, and the sender of the weights is next."""
     global _answer
     answer = await execute(adapter, method, non_block=non_block, **call)
