@@ -1,6 +1,33 @@
-"""KRPO and KPO for verl: Kalman-filtered advantages and importance ratios.
+"""KRPO and KPO: Kalman-filtered advantages and importance ratios, for verl by one config key, or as pure functions.
 
-Importing this package costs nothing. verl loads `verl_krpo.plugin` through the entry point group `verl.plugins`.
+Importing this costs nothing: what is named here is loaded when it is first used.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from verl_krpo import kalman
+    from verl_krpo.advantage.krpo import krpo
+    from verl_krpo.config import KpoConfig, KrpoConfig
+    from verl_krpo.kalman import LocalLevel
+    from verl_krpo.policy_loss.kpo import kpo
+
+_HOME = {
+    "krpo": "verl_krpo.advantage.krpo",
+    "kpo": "verl_krpo.policy_loss.kpo",
+    "KrpoConfig": "verl_krpo.config",
+    "KpoConfig": "verl_krpo.config",
+    "LocalLevel": "verl_krpo.kalman",
+}
+__all__ = ["KpoConfig", "KrpoConfig", "LocalLevel", "kalman", "kpo", "krpo"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "kalman":
+        return importlib.import_module("verl_krpo.kalman")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'verl_krpo' has no attribute {name!r}")

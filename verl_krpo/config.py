@@ -3,11 +3,12 @@
 Both classes are plain dataclasses. OmegaConf checks keys, types and words, `__post_init__` the ranges.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +30,7 @@ class Baseline(str, Enum):
     posterior = "posterior"
     smoothed = "smoothed"
     leave_one_out = "leave_one_out"
+    jspo = "jspo"
 
 
 class Scale(str, Enum):
@@ -43,13 +45,30 @@ class Gain(str, Enum):
     steady = "steady"
 
 
-def _require(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{key}={value!r} is not valid: {rule}")
-
-
-def _finite(value: object) -> bool:
+def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+Rule = tuple[Callable[[Any], bool], str]  # what holds for a valid value, and in words
+FINITE_OR_BATCH: Rule = (lambda v: v == BATCH or _finite(v), "a finite number or the word batch")
+NON_NEGATIVE: Rule = (lambda v: _finite(v) and v >= 0, "a finite number >= 0")
+NON_NEGATIVE_OR_BATCH: Rule = (lambda v: v == BATCH or (_finite(v) and v >= 0), f"{NON_NEGATIVE[1]} or the word batch")
+POSITIVE: Rule = (lambda v: _finite(v) and v > 0, "a finite number > 0")
+POSITIVE_OR_BATCH: Rule = (lambda v: v == BATCH or (_finite(v) and v > 0), f"{POSITIVE[1]} or the word batch")
+POSITIVE_OR_NULL: Rule = (lambda v: v is None or (_finite(v) and v > 0), f"{POSITIVE[1]} or null")
+
+
+def _validate(config: Any, at: str, rules: dict[str, Rule], words: dict[str, type[Enum]]) -> None:
+    """ValueError names a value that breaks its rule; a plain word becomes its enum."""
+    for key, (holds, rule) in rules.items():
+        value = getattr(config, key)
+        if not holds(value):
+            raise ValueError(f"{at}.{key}={value!r} is not valid: {rule}")
+    for key, enum in words.items():
+        value = getattr(config, key)
+        if value not in list(enum):
+            raise ValueError(f"{at}.{key}={value!r} is not valid: one of {', '.join(enum.__members__)}")
+        setattr(config, key, enum(value))
 
 
 @dataclass
@@ -63,7 +82,8 @@ class KrpoConfig:
         init_var: prior variance of the state >= 0, or `batch`
         epsilon: >= 0, added to the standard deviation that divides
         order: in which order the members of a group are filtered
-        baseline: which estimate of the state is subtracted from the reward
+        baseline: which estimate of the state is subtracted from the reward; `jspo`, which is no filter, reads neither
+            the model nor the order
         scale: what the difference is divided by
     """
 
@@ -77,20 +97,24 @@ class KrpoConfig:
     scale: Scale = Scale.filter_std
 
     def __post_init__(self) -> None:
-        at = KRPO_AT + "."
-        non_negative = "a finite number >= 0"
-        _require(
-            _finite(self.process_var) and self.process_var >= 0, at + "process_var", self.process_var, non_negative
-        )
-        if self.measurement_var != BATCH:
-            holds = _finite(self.measurement_var) and self.measurement_var > 0
-            _require(holds, at + "measurement_var", self.measurement_var, "a finite number > 0 or the word batch")
-        if self.init_mean != BATCH:
-            _require(_finite(self.init_mean), at + "init_mean", self.init_mean, "a finite number or the word batch")
-        if self.init_var != BATCH:
-            holds = _finite(self.init_var) and self.init_var >= 0
-            _require(holds, at + "init_var", self.init_var, f"{non_negative} or the word batch")
-        _require(_finite(self.epsilon) and self.epsilon >= 0, at + "epsilon", self.epsilon, non_negative)
+        rules = {
+            "process_var": NON_NEGATIVE,
+            "measurement_var": POSITIVE_OR_BATCH,
+            "init_mean": FINITE_OR_BATCH,
+            "init_var": NON_NEGATIVE_OR_BATCH,
+            "epsilon": NON_NEGATIVE,
+        }
+        _validate(self, KRPO_AT, rules, {"order": Order, "baseline": Baseline, "scale": Scale})
+        if self.baseline == Baseline.jspo and self.scale in (Scale.filter_std, Scale.innovation_std):
+            raise ValueError(
+                f"{KRPO_AT}.scale={self.scale.value} needs the variance of a filter, which {KRPO_AT}.baseline=jspo is "
+                "not: use scale=none, the published one, or scale=group_std"
+            )
+        if self.scale == Scale.filter_std and self.process_var == 0 and self.init_var in (0, BATCH):
+            raise ValueError(
+                f"{KRPO_AT}.scale=filter_std divides by the state's standard deviation, which process_var=0 with "
+                f"init_var={self.init_var} can make zero: use scale=innovation_std, or a process_var > 0"
+            )
 
 
 @dataclass
@@ -117,32 +141,45 @@ class KpoConfig:
     ratio_log_max: float = 10.0
 
     def __post_init__(self) -> None:
-        at = KPO_AT + "."
-        non_negative, positive = "a finite number >= 0", "a finite number > 0"
-        _require(
-            _finite(self.process_var) and self.process_var >= 0, at + "process_var", self.process_var, non_negative
-        )
-        if self.measurement_var != BATCH:
-            holds = _finite(self.measurement_var) and self.measurement_var > 0
-            _require(holds, at + "measurement_var", self.measurement_var, f"{positive} or the word batch")
-        _require(_finite(self.init_var) and self.init_var >= 0, at + "init_var", self.init_var, non_negative)
-        if self.innovation_clip is not None:
-            holds = _finite(self.innovation_clip) and self.innovation_clip > 0
-            _require(holds, at + "innovation_clip", self.innovation_clip, f"{positive} or null")
-        holds = _finite(self.ratio_log_max) and self.ratio_log_max > 0
-        _require(holds, at + "ratio_log_max", self.ratio_log_max, positive)
+        rules = {
+            "process_var": NON_NEGATIVE,
+            "measurement_var": POSITIVE_OR_BATCH,
+            "init_var": NON_NEGATIVE,
+            "innovation_clip": POSITIVE_OR_NULL,
+            "ratio_log_max": POSITIVE,
+        }
+        _validate(self, KPO_AT, rules, {"gain": Gain})
 
+
+# Our recommended estimator, the preset `krpo_adaptive`: unbiased, order-free, its noise and prior fitted to the batch.
+ADAPTIVE = KrpoConfig(
+    process_var=0.0,
+    measurement_var=BATCH,
+    init_mean=BATCH,
+    init_var=BATCH,
+    baseline=Baseline.leave_one_out,
+    scale=Scale.innovation_std,
+)
 
 Config = TypeVar("Config", KrpoConfig, KpoConfig)
 
 
-def read(cls: type[Config], node: Mapping | None, at: str) -> Config:
+def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
     """The typed form of a config node, `None` giving the defaults.
 
     ValueError on an unknown key, a wrong type, an unknown word or a value out of range; it names the key below `at`.
     """
+    if isinstance(node, cls):
+        return node
+    return _read(cls, OmegaConf.to_yaml(OmegaConf.create(node or {}), resolve=True), at)
+
+
+@functools.lru_cache(maxsize=64)  # a reading takes longer than the filter does
+def _read(cls: type[Config], text: str, at: str) -> Config:
+    node = OmegaConf.create(text)
+    node.pop("_target_", None)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node or {}))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))
     except OmegaConfBaseException as error:
         key = f"{at}.{error.full_key}" if error.full_key else at
         known = ", ".join(cls.__dataclass_fields__)

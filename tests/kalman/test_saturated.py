@@ -6,37 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.local_level import sequential
 
-from verl_krpo.kalman import saturated
-from verl_krpo.kalman.filter import filtered_mean
-
-
-def walk(observations, mask, q_var, r_var, kappa, init_mean=0.0, init_var=0.0, steady=False):
-    mean, sides = torch.zeros(observations.shape, dtype=torch.float64), torch.zeros(observations.shape, dtype=torch.int)
-    for row in range(observations.shape[0]):
-        x, var = init_mean, init_var
-        if steady:
-            var = (-q_var + math.sqrt(q_var**2 + 4 * q_var * r_var)) / 2
-        for t in range(observations.shape[1]):
-            if mask[row, t]:
-                predicted = var + q_var
-                gain = predicted / (predicted + r_var)
-                bound = kappa * math.sqrt(predicted + r_var)
-                innovation = float(observations[row, t]) - x
-                sides[row, t] = (innovation > bound) - (innovation < -bound)
-                x += gain * min(max(innovation, -bound), bound)
-                var = var if steady else r_var * gain
-            mean[row, t] = x
-    return mean, sides
+from verl_krpo.kalman import LocalLevel, filtered_mean, saturated
 
 
-def compare(observations, mask, q_var, r_var, kappa, **rest):
-    steady = rest.pop("steady", False)
-    mean, hit = saturated.filtered_mean(
-        observations, mask, process_var=q_var, measurement_var=r_var, innovation_clip=kappa,
-        gain="steady" if steady else "scheduled", **rest,
-    )  # fmt: skip
-    expected, sides = walk(observations, mask, q_var, r_var, kappa, steady=steady, **rest)
+def compare(observations, mask, q_var, kappa, **rest):
+    gain = "steady" if rest.get("steady") else "scheduled"
+    model = LocalLevel(q_var, 1.0, rest.get("init_mean", 0.0), rest.get("init_var", 0.0))
+    mean, hit = saturated.filtered_mean(observations, mask, model, kappa, gain)
+    expected, _, sides = sequential(observations, mask, q_var, 1.0, kappa=kappa, **rest)
     tolerance = 5e-7 if mean.dtype == torch.float32 else 1e-12
     largest = expected.abs().amax(dim=1, keepdim=True)
     assert ((mean.double() - expected).abs() <= tolerance * largest + 1e-300).all()
@@ -56,7 +35,7 @@ def test_equals_the_walk(q_var, kappa, steady):
     observations = outliers(3, 2500, seed=1)
     mask = torch.rand(3, 2500, generator=torch.Generator().manual_seed(2)) > 0.2
     observations[~mask] = float("nan")
-    hit, sides = compare(observations, mask, q_var, 1.0, kappa, steady=steady)
+    hit, sides = compare(observations, mask, q_var, kappa, steady=steady)
     assert torch.equal(hit, sides != 0)
     assert hit.any()
 
@@ -64,12 +43,12 @@ def test_equals_the_walk(q_var, kappa, steady):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_any_dtype_in_float32_out(dtype):
     observations = outliers(2, 300, seed=3).to(dtype)
-    compare(observations, torch.ones(2, 300, dtype=torch.bool), 1e-2, 1.0, 1.5)
+    compare(observations, torch.ones(2, 300, dtype=torch.bool), 1e-2, 1.5)
 
 
 def test_prior():
     observations = outliers(2, 60, seed=4)
-    compare(observations, torch.ones(2, 60, dtype=torch.bool), 1e-2, 1.0, 1.5, init_mean=3.0, init_var=2.0)
+    compare(observations, torch.ones(2, 60, dtype=torch.bool), 1e-2, 1.5, init_mean=3.0, init_var=2.0)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +64,7 @@ def test_prior():
 @pytest.mark.parametrize("q_var", [1e-6, 1.0, 1e6])
 def test_adversarial_sequences(name, observations, q_var):
     observations = observations.double().expand(2, -1) * torch.tensor([[1.0], [0.37]], dtype=torch.float64)
-    compare(observations, torch.ones_like(observations, dtype=torch.bool), q_var, 1.0, 1.0)
+    compare(observations, torch.ones_like(observations, dtype=torch.bool), q_var, 1.0)
 
 
 @settings(max_examples=150, deadline=None)
@@ -100,7 +79,7 @@ def test_equals_the_walk_whatever_comes(steps, q_var, kappa, window):
     mask = torch.tensor([[seen for _, seen in steps]])
     before, saturated.WINDOW = saturated.WINDOW, window
     try:
-        compare(observations, mask, q_var, 1.0, kappa)
+        compare(observations, mask, q_var, kappa)
     finally:
         saturated.WINDOW = before
 
@@ -108,32 +87,28 @@ def test_equals_the_walk_whatever_comes(steps, q_var, kappa, window):
 def test_a_wide_bound_is_the_plain_filter():
     observations = outliers(3, 700, seed=5).float()
     mask = torch.rand(3, 700) > 0.3
-    mean, hit = saturated.filtered_mean(
-        observations, mask, process_var=1e-4, measurement_var=1.0, innovation_clip=1e9, init_var=1.0
-    )
-    plain = filtered_mean(observations, mask, process_var=1e-4, measurement_var=1.0, init_var=1.0)
+    model = LocalLevel(1e-4, 1.0, 0.0, 1.0)
+    mean, hit = saturated.filtered_mean(observations, mask, model, 1e9)
+    plain = filtered_mean(observations, mask, model)
     torch.testing.assert_close(mean, plain, rtol=5e-7, atol=5e-7 * plain.abs().max().item())
     assert not hit.any()
 
 
 def test_an_infinite_observation_moves_the_state_by_its_bound():
     observations = torch.tensor([[0.0, float("inf"), 0.0, float("-inf")]], dtype=torch.float64)
-    compare(observations, torch.ones(1, 4, dtype=torch.bool), 0.5, 1.0, 2.0)
+    compare(observations, torch.ones(1, 4, dtype=torch.bool), 0.5, 2.0)
 
 
 def test_rows_do_not_meet():
     observations = outliers(4, 600, seed=6)
     mask = torch.rand(4, 600) > 0.1
-    settings_ = dict(process_var=0.1, measurement_var=1.0, innovation_clip=0.5)
-    together, _ = saturated.filtered_mean(observations, mask, **settings_)
-    alone = [saturated.filtered_mean(observations[i : i + 1], mask[i : i + 1], **settings_)[0] for i in range(4)]
+    model = LocalLevel(0.1, 1.0)
+    together, _ = saturated.filtered_mean(observations, mask, model, 0.5)
+    alone = [saturated.filtered_mean(observations[i : i + 1], mask[i : i + 1], model, 0.5)[0] for i in range(4)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "key, value", [("innovation_clip", 0.0), ("innovation_clip", -1.0), ("measurement_var", 0.0), ("gain", "fast")]
-)
-def test_bad_arguments_are_named(key, value):
-    arguments = dict(process_var=1.0, measurement_var=1.0, innovation_clip=1.0, gain="scheduled") | {key: value}
-    with pytest.raises(ValueError, match=f"{key}.*{value}"):
-        saturated.filtered_mean(torch.zeros(1, 3), **arguments)
+@pytest.mark.parametrize("kappa", [0.0, -1.0])
+def test_a_bad_clip_is_named(kappa):
+    with pytest.raises(ValueError, match=f"innovation_clip={kappa}"):
+        saturated.filtered_mean(torch.zeros(1, 3), None, LocalLevel(1.0, 1.0), kappa)

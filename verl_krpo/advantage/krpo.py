@@ -14,50 +14,40 @@ and the advantage of member i is its reward less a baseline b_i, over a scale s_
     posterior       x_{n|n}                       P_{n|n}
     smoothed        x_{i|n}                       P_{i|n}
     leave_one_out   E[x_i | all rewards but r_i]  Var[x_i | all rewards but r_i]
+    jspo            no filter: jspo.py            -
 
     scale           s_i
     filter_std      sqrt(V_i) + eps  (published)
-    innovation_std  sqrt(V_i + R) + eps; an R estimated from the batch is that of all groups here (prior.py)
+    innovation_std  sqrt(V_i + R) + eps; an R estimated from the batch is that of all groups here (shrinkage.py)
     group_std       std(r_1 ... r_n) + eps, with n - 1; 1 in a group of one or of equal rewards
     none            1
 
-`predicted` and `leave_one_out` do not read r_i, so they add no bias to the policy gradient. For `predicted` and
+`predicted`, `leave_one_out` and `jspo` do not read r_i, so they add no bias to the policy gradient. For `predicted` and
 `leave_one_out`, innovation_std is the standard deviation of r_i - b_i under the model. Where V_i is infinite (a diffuse
 prior and nothing else observed) there is nothing to compare r_i with and A_i = 0.
 """
 
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 
+from verl_krpo.advantage import jspo
 from verl_krpo.advantage.groups import Groups, group
-from verl_krpo.advantage.prior import Prior, prior_of
-from verl_krpo.config import BATCH, KRPO_AT, Baseline, KrpoConfig, Order, Scale, read
-from verl_krpo.kalman import filter as kalman
+from verl_krpo.advantage.shrinkage import Prior, exchangeable, group_moments, prior_of
+from verl_krpo.config import Baseline, KrpoConfig, Order, Scale
+from verl_krpo.kalman import Belief, LocalLevel, filtered, leave_one_out, posterior, predicted, smoothed
 
 BASELINES = {
-    Baseline.causal: kalman.filtered,
-    Baseline.predicted: kalman.predicted,
-    Baseline.posterior: kalman.posterior,
-    Baseline.smoothed: kalman.smoothed,
-    Baseline.leave_one_out: kalman.leave_one_out,
+    Baseline.causal: filtered,
+    Baseline.predicted: predicted,
+    Baseline.smoothed: smoothed,
+    Baseline.leave_one_out: leave_one_out,
 }
-
-# Our recommended estimator, the preset `krpo_adaptive`: unbiased, order-free, its noise and prior fitted to the batch.
-ADAPTIVE = KrpoConfig(
-    process_var=0.0,
-    measurement_var=BATCH,
-    init_mean=BATCH,
-    init_var=BATCH,
-    baseline=Baseline.leave_one_out,
-    scale=Scale.innovation_std,
-)
 
 
 class Estimate(NamedTuple):
-    """What the estimator found, on (groups, width) float64 matrices; entries beyond a group's size mean nothing."""
+    """(groups, width) float64 matrices in the order of the filter; entries beyond a group's size mean nothing."""
 
     groups: Groups
     prior: Prior
@@ -66,129 +56,68 @@ class Estimate(NamedTuple):
     baseline_var: torch.Tensor
     advantage: torch.Tensor
 
+    def advantages(self) -> torch.Tensor:
+        """A_i by row, (rows,) float64; 0 in rows that are not counted."""
+        return self.groups.scatter(self.advantage)
 
-def estimate(
-    rewards: torch.Tensor, index: object, settings: KrpoConfig, counted: torch.Tensor | None = None
+
+def krpo(
+    rewards: torch.Tensor | Sequence[float],
+    prompts: object,
+    settings: KrpoConfig | None = None,
+    counted: torch.Tensor | None = None,
 ) -> Estimate:
-    """Advantages of rewards (rows,) whose prompt ids are index (rows,); rows not `counted` (rows,) are left out."""
-    if counted is None:
-        counted = torch.ones(len(rewards), dtype=torch.bool, device=rewards.device)
-    groups = group(index, counted, Order.arrival if _order_free(settings) else settings.order)
+    """Advantages of rewards (rows,) whose prompt ids are `prompts` (rows,), in any order.
+
+    settings: None gives the published ones. counted: (rows,) bool, rows that are members of their group; None: all.
+    ValueError names the rows and prompts of rewards that are not finite, and rows without a prompt id.
+    """
+    settings = settings or KrpoConfig()
+    rewards = torch.as_tensor(rewards)
+    counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
+    order_free = _order_free(settings)
+    groups = group(prompts, counted, Order.arrival if order_free else settings.order)
     _require_finite(rewards, groups)
-    values = groups.gather(rewards.to(torch.float64))
+    values = groups.gather(rewards.double())
     prior = prior_of(values, groups, settings)
 
     # Filtering deviations from the prior mean: equal rewards have advantages of exactly 0, not of rounding errors.
-    deviations = values - _column(prior.init_mean)
-    if _order_free(settings):
-        mean, var = _exchangeable(deviations, groups, prior, own=settings.baseline != Baseline.leave_one_out)
+    init_mean = prior.init_mean[:, None]
+    deviations = (values - init_mean) * groups.mask
+    model = LocalLevel(settings.process_var, prior.measurement_var, 0.0, prior.init_var)
+    if settings.baseline == Baseline.jspo:
+        mean, var = jspo.baseline(values, groups) - init_mean, torch.full_like(values, torch.nan)
+    elif order_free:
+        mean, var = exchangeable(deviations, groups, prior, own=settings.baseline != Baseline.leave_one_out)
+    elif settings.baseline == Baseline.posterior:
+        mean, var = (x[:, None].expand_as(values) for x in posterior(deviations, groups.mask, model))
     else:
-        mean, var = BASELINES[settings.baseline](
-            deviations,
-            groups.mask,
-            process_var=settings.process_var,
-            measurement_var=prior.measurement_var,
-            init_var=prior.init_var,
-        )
-    if var.ndim == 1:  # posterior
-        mean, var = mean[:, None].expand_as(values), var[:, None].expand_as(values)
-    error = deviations - mean
-    if var.numel() and not math.isfinite(var.amax()):
-        error = torch.where(var.isfinite(), error, 0.0)
-    advantage = error / _scale(settings, values, groups, prior, var)
-    return Estimate(groups, prior, values, mean + _column(prior.init_mean), var, advantage)
-
-
-def settings_of(config: object) -> KrpoConfig:
-    """The `krpo` settings of verl's `algorithm` node (DictConfig, AlgoConfig, dict or None); ValueError if wrong."""
-    node = config.get("krpo", None) if config is not None else None
-    node = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    text = repr(node)
-    if text not in _known:  # reading takes longer than filtering does
-        settings = read(KrpoConfig, node, KRPO_AT)
-        check(settings)
-        if len(_known) >= 64:
-            _known.clear()
-        _known[text] = settings
-    return _known[text]
-
-
-_known: dict[str, KrpoConfig] = {}
-
-
-def check(settings: KrpoConfig) -> None:
-    """ValueError where filter_std could divide by a variance of zero."""
-    if settings.scale == Scale.filter_std and settings.process_var == 0 and settings.init_var in (0, BATCH):
-        raise ValueError(
-            f"{KRPO_AT}.scale=filter_std divides by the state's standard deviation, which process_var=0 with "
-            f"init_var={settings.init_var} can make zero: use scale=innovation_std, or a process_var > 0"
-        )
+        mean, var = BASELINES[settings.baseline](deviations, groups.mask, model)
+    error = torch.where(var == torch.inf, 0.0, deviations - mean)
+    return Estimate(groups, prior, values, init_mean + mean, var, error / _scale(settings, values, groups, prior, var))
 
 
 def _order_free(settings: KrpoConfig) -> bool:
-    """Nothing drifts and every member is seen: the order of a group has no meaning."""
-    return settings.process_var == 0 and settings.baseline in (
-        Baseline.posterior,
-        Baseline.smoothed,
-        Baseline.leave_one_out,
-    )
-
-
-def _exchangeable(
-    deviations: torch.Tensor, groups: Groups, prior: Prior, own: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The filter with Q = 0 in one step: the state given k rewards, with or without a member's own.
-
-        mean  P0 sum (r_j - m0) / (k P0 + R)        var  P0 R / (k P0 + R)
-
-    Both (groups, width).
-    """
-    total = deviations if groups.mask is None else deviations * groups.mask
-    total = total.sum(dim=1, keepdim=True)
-    count = groups.sizes[:, None].to(deviations.dtype)
-    if not own:
-        total, count = total - deviations, count - 1
-    measurement_var, init_var = (
-        torch.as_tensor(_column(value), dtype=deviations.dtype, device=deviations.device)
-        for value in (prior.measurement_var, prior.init_var)
-    )
-    # Both divided by max(P0, 1), so that P0 = inf is the diffuse limit.
-    weight = init_var.clamp(max=1.0)
-    share = weight / (count * weight + measurement_var / init_var.clamp(min=1.0))
-    known = share.isfinite()
-    var = torch.where(known, share * measurement_var, torch.inf).expand_as(deviations)
-    return torch.where(known, share, 0.0) * total.expand_as(deviations), var
+    """Nothing drifts and every member is observed: the order of a group has no meaning."""
+    whole = (Baseline.posterior, Baseline.smoothed, Baseline.leave_one_out)
+    return settings.baseline == Baseline.jspo or (settings.process_var == 0 and settings.baseline in whole)
 
 
 def _scale(
     settings: KrpoConfig, values: torch.Tensor, groups: Groups, prior: Prior, var: torch.Tensor
 ) -> torch.Tensor | float:
-    if settings.scale == Scale.none:
-        return 1.0
     if settings.scale == Scale.filter_std:
         return var.sqrt() + settings.epsilon
     if settings.scale == Scale.innovation_std:
-        return (var + prior.noise_var).sqrt_() + settings.epsilon
-    return _group_std(values, groups, settings.epsilon)[:, None]
-
-
-def _group_std(values: torch.Tensor, groups: Groups, epsilon: float) -> torch.Tensor:
-    mask, sizes = groups.mask, groups.sizes.to(values.dtype)
-    values = values - values[:, :1] if mask is None else (values - values[:, :1]) * mask
-    mean = values.sum(dim=1) / sizes
-    squares = (values - mean[:, None]).square_()
-    squares = (squares if mask is None else squares * mask).sum(dim=1)
-    varied = (values != 0).any(dim=1)
-    return torch.where(varied, (squares / (sizes - 1).clamp(min=1)).sqrt() + epsilon, 1.0)
-
-
-def _column(value: float | torch.Tensor) -> float | torch.Tensor:
-    return value[:, None] if isinstance(value, torch.Tensor) else value
+        return (var + prior.noise_var[:, None]).sqrt() + settings.epsilon
+    if settings.scale == Scale.group_std:
+        _, squares = group_moments(values - values[:, :1], groups)  # from the first on: exactly 0 where all are equal
+        std = (squares / (groups.sizes - 1).clamp(min=1)).sqrt() + settings.epsilon
+        return torch.where(squares > 0, std, 1.0)[:, None]
+    return 1.0
 
 
 def _require_finite(rewards: torch.Tensor, groups: Groups) -> None:
-    if math.isfinite(rewards.sum()):  # not if one of them is not; many times faster than a look at each
-        return
     wrong = (~rewards[groups.rows].isfinite()).nonzero().flatten()[:8]
     if len(wrong):
         rows = groups.rows[wrong]

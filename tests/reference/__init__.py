@@ -1,0 +1,1 @@
+"""Oracles: the same quantities by other roads, slow and plain."""

@@ -1,0 +1,29 @@
+"""JSPO: James-Stein shrinkage baselines (arXiv 2511.03710), the nearest relative of `krpo_adaptive`.
+
+    b_gj = (1 - l_g) mean(r_g without r_gj) + l_g mean over the other prompts h of mean_h,    l_g = v / (v + s)
+
+v is the mean over the other prompts of var_h / n_h, s the variance over the other prompts of mean_h (both with n - 1).
+The formulas are those of its published code, which wants groups of one size; here v takes each group's own n_h, and a
+group of one, whose own mean says nothing without it, is shrunk all the way.
+"""
+
+import torch
+
+from verl_krpo.advantage.groups import Groups
+from verl_krpo.advantage.shrinkage import group_moments, sum_of_others
+
+
+def baseline(values: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """b (groups, width) of rewards `values` (groups, width), float64. With fewer than three groups: RLOO (l_g = 0)."""
+    sizes = groups.sizes.double()
+    means, squares = group_moments(values, groups)
+    others = len(sizes) - 1
+    alone = (values * groups.mask).sum(dim=1, keepdim=True) - values
+    alone = alone / (sizes - 1).clamp(min=1)[:, None]
+    if others < 2:
+        return torch.where(sizes[:, None] > 1, alone, values)
+    center = sum_of_others(means) / others
+    v = sum_of_others(squares / (sizes - 1).clamp(min=1) / sizes) / others
+    s = torch.stack([torch.cat([means[:g], means[g + 1 :]]).var() for g in range(len(means))])
+    weight = torch.where((sizes > 1) & (v + s > 0), v / (v + s).clamp(min=torch.finfo(v.dtype).tiny), (sizes == 1).double())
+    return torch.lerp(alone, center[:, None].expand_as(alone), weight[:, None])
