@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from verl_krpo.advantage import krpo
-from verl_krpo.config import KpoConfig, KrpoConfig
+from verl_krpo.advantage.krpo import krpo
+from verl_krpo.config import ADAPTIVE, KpoConfig, KrpoConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -114,7 +114,7 @@ def test_every_key_has_its_row_and_default_in_configuration(at, cls):
     )
     rows = {cells[0].strip("` "): [cell.strip() for cell in cells[1:]] for cells in table(section)}
     assert set(rows) == set(cls.__dataclass_fields__)
-    presets = [cls()] if cls is KpoConfig else [cls(), krpo.ADAPTIVE]
+    presets = [cls()] if cls is KpoConfig else [cls(), ADAPTIVE]
     for column, preset in enumerate(presets):
         for key, value in dataclasses.asdict(preset).items():
             assert same(rows[key][column], getattr(value, "value", value)), (key, rows[key][column], value)
@@ -134,15 +134,14 @@ def same(written, value):
 def test_every_metric_is_in_the_glossary():
     from types import SimpleNamespace
 
-    from verl_krpo.plugin import metrics
-    from verl_krpo.policy_loss import kpo
+    from verl_krpo.plugin import loss, metrics
 
     rewards, index = torch.tensor([1.0, 0, 0, 1, 1]), ["a", "a", "b", "b", "c"]
-    logged = set(metrics.scalars(krpo.estimate(rewards, index, KrpoConfig()), 1e-5))
+    logged = set(metrics.scalars(krpo(rewards, index, KrpoConfig()), 1e-5))
     config = SimpleNamespace(policy_loss={}, clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
     config.global_batch_info = {}
     ones = torch.ones(2, 3)
-    logged |= set(kpo.compute_policy_loss(-ones, -ones, ones, ones.bool(), config=config)[1])
+    logged |= set(loss.compute_policy_loss(-ones, -ones, ones, ones.bool(), config=config)[1])
     named = set(re.findall(r"`((?:krpo|actor)/[a-z_]+)`", (DOCS / "metrics.md").read_text()))
     assert named == logged
 

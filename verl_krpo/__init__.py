@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from verl_krpo import kalman
+    from verl_krpo import config, kalman
     from verl_krpo.advantage.krpo import krpo
     from verl_krpo.config import KpoConfig, KrpoConfig
     from verl_krpo.kalman import LocalLevel
@@ -22,12 +22,12 @@ _HOME = {
     "KpoConfig": "verl_krpo.config",
     "LocalLevel": "verl_krpo.kalman",
 }
-__all__ = ["KpoConfig", "KrpoConfig", "LocalLevel", "kalman", "kpo", "krpo"]
+__all__ = ["KpoConfig", "KrpoConfig", "LocalLevel", "config", "kalman", "kpo", "krpo"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "kalman":
-        return importlib.import_module("verl_krpo.kalman")
+    if name in ("config", "kalman"):
+        return importlib.import_module(f"verl_krpo.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'verl_krpo' has no attribute {name!r}")

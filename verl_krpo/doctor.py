@@ -369,7 +369,7 @@ def _krpo_meets(config, algorithm, actor, rollout) -> list[tuple[str, str, str]]
 
 
 def _kpo_meets(config, actor) -> list[tuple[str, str, str]]:
-    from verl_krpo.kalman.local_level import schedule
+    from verl_krpo.kalman import LocalLevel, gains
 
     kpo = read(KpoConfig, actor.policy_loss.get("kpo"), KPO_AT)
     at = "actor_rollout_ref.actor."
@@ -379,7 +379,7 @@ def _kpo_meets(config, actor) -> list[tuple[str, str, str]]:
         rows.append((at + "ppo_mini_batch_size", "warning", text))
     tokens = config.data.max_response_length
     if kpo.measurement_var != "batch":
-        gain = schedule(tokens, kpo.process_var, kpo.measurement_var, kpo.init_var).gain[-1].item()
+        gain = gains(LocalLevel(kpo.process_var, kpo.measurement_var, 0.0, kpo.init_var), tokens)[-1].item()
         if gain < 1e-4:
             text = (
                 f"{tokens}: the gain reaches {gain:.1e} there, kpo hardly moves; raise process_var for short responses"

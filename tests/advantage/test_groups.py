@@ -21,8 +21,8 @@ def all_counted(rows):
 def members_of(groups):
     """{uid: rows in filter order}, read off the public arrays one member at a time."""
     found = {label: [] for label in groups.labels}
-    for row, slot in zip(groups.rows.tolist(), groups.slots.tolist(), strict=True):
-        label, place = groups.labels[slot // groups.width], slot % groups.width
+    for row, (line, place) in zip(groups.rows.tolist(), groups.mask.nonzero().tolist(), strict=True):
+        label = groups.labels[line]
         assert len(found[label]) == place
         found[label].append(row)
     return found
@@ -51,9 +51,8 @@ def test_gather_and_scatter_are_inverse(index, order):
     values = torch.arange(1.0, len(index) + 1)
     matrix = groups.gather(values)
     assert matrix.shape == (len(set(index)), max(index.count(label) for label in index))
-    assert torch.equal(groups.scatter(matrix, len(index)), values)
-    absent = torch.ones_like(matrix, dtype=torch.bool) if groups.mask is None else groups.mask
-    assert (matrix[~absent] == 0).all() and int(absent.sum()) == len(index)
+    assert torch.equal(groups.scatter(matrix), values)
+    assert (matrix[~groups.mask] == 0).all() and int(groups.mask.sum()) == len(index)
 
 
 @settings(deadline=None)
@@ -123,7 +122,7 @@ def test_labels_may_be_strings_integers_or_tensors():
 def test_nothing_counted(order):
     groups = group(np.array(["a", "b"], dtype=object), torch.zeros(2, dtype=torch.bool), order)
     assert groups.gather(torch.ones(2)).shape == (0, 1)
-    assert groups.scatter(torch.zeros(0, 1), 2).tolist() == [0, 0]
+    assert groups.scatter(torch.zeros(0, 1)).tolist() == [0, 0]
 
 
 def test_a_missing_index_is_named():

@@ -12,11 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from verl_krpo.advantage import krpo
+from verl_krpo.advantage.krpo import krpo
 from verl_krpo.analysis import replay as replaying
 from verl_krpo.analysis import replay_report, rollouts
 from verl_krpo.analysis.replay import METHODS, advantages, fit, replay, settings_from
-from verl_krpo.config import KrpoConfig
+from verl_krpo.config import ADAPTIVE, KrpoConfig
 
 
 def rollout(step, prompt, session, score, output=0, **more):
@@ -122,7 +122,7 @@ def test_the_advantages_are_those_of_verls_registry(folder, method):
     import verl  # noqa: F401
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-    adaptive = {k: getattr(v, "value", v) for k, v in vars(krpo.ADAPTIVE).items()}
+    adaptive = {k: getattr(v, "value", v) for k, v in vars(ADAPTIVE).items()}
     run = replay(folder)
     for step, row in zip(read_all(folder)[0], run.per_step, strict=True):
         rewards = torch.from_numpy(step.rewards)
@@ -141,7 +141,7 @@ def test_totals_are_those_of_all_rows_at_once(folder):
     run = replay(folder)
     seen, first, last = [], [], []
     for step in read_all(folder)[0]:
-        found = krpo.estimate(torch.from_numpy(step.rewards), step.prompts, KrpoConfig())
+        found = krpo(torch.from_numpy(step.rewards), step.prompts, KrpoConfig())
         seen.append(found.advantage.flatten())
         first.append(found.advantage[:, 0].abs())
         last.append(found.advantage[:, -1].abs())

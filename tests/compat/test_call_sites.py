@@ -26,7 +26,7 @@ def test_the_estimator_at_its_call_site(compose):
     from verl import DataProto
     from verl.trainer.ppo.ray_trainer import compute_advantage
 
-    from verl_krpo.advantage import krpo
+    from verl_krpo.advantage.krpo import krpo
     from verl_krpo.config import KrpoConfig
 
     config = compose(*KEYS, "+algorithm=krpo", "algorithm.krpo.process_var=1e-3").algorithm
@@ -39,8 +39,7 @@ def test_the_estimator_at_its_call_site(compose):
         non_tensors={"uid": index},
     )
     found = compute_advantage(data, adv_estimator="krpo", num_repeat=4, config=config).batch["advantages"]
-    estimate = krpo.estimate(rewards, index, KrpoConfig(process_var=1e-3))
-    expected = estimate.groups.scatter(estimate.advantage, 8).float()
+    expected = krpo(rewards, index, KrpoConfig(process_var=1e-3)).advantages().float()
     torch.testing.assert_close(found, expected[:, None].expand(8, 5), rtol=1e-6, atol=0)
 
 
@@ -49,7 +48,7 @@ def test_the_loss_at_its_call_site(compose):
     from verl.utils.config import omega_conf_to_dataclass
     from verl.workers.utils.losses import ppo_loss
 
-    from verl_krpo.policy_loss import kpo
+    from verl_krpo.plugin.loss import compute_policy_loss
 
     overrides = [f"+actor@{ACTOR}.policy_loss=kpo", f"{ACTOR}.policy_loss.kpo.process_var=1e-2"]
     config = omega_conf_to_dataclass(compose(*KEYS, *overrides).actor_rollout_ref.actor)
@@ -71,7 +70,7 @@ def test_the_loss_at_its_call_site(compose):
     flat = torch.cat([torch.zeros(rows, prompt - 1), new, torch.zeros(rows, 1)], dim=1).flatten()
     values = torch.nested.as_nested_tensor(list(flat.view(rows, -1)), layout=torch.jagged)
     loss, metrics = ppo_loss(config, {"log_probs": values}, data)
-    expected, _ = kpo.compute_policy_loss(old, new, advantages, mask.bool(), config.loss_agg_mode, config)
+    expected, _ = compute_policy_loss(old, new, advantages, mask.bool(), config.loss_agg_mode, config)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert any(key.startswith("actor/kpo_") for key in metrics)
 

@@ -114,22 +114,32 @@ def test_steady_gain_everywhere(kind, q):
 
 
 @pytest.mark.parametrize("q", [0.0, 1e-9, 1e-6, 1e-4, 1e-2, 1.0])
-def test_a_very_long_row(q):
-    """131,072 tokens, without a mask and with holes: the state's error against the step-by-step filter."""
-    time, model = 131_072, LocalLevel(q, 1.0)
+@pytest.mark.parametrize("kind, dtype", [("right", torch.float32), ("left", torch.float32), ("holes", torch.bfloat16)])
+def test_nine_thousand_tokens(q, kind, dtype):
+    mask, model = masked(kind, 2, 9001), LocalLevel(q, 1.0)
+    z = (0.1 * torch.randn(2, 9001, generator=torch.Generator().manual_seed(2))).to(dtype)
+    z = torch.where(mask, z, math.nan)
+    assert worst_error(filtered_mean(z, mask, model).double(), filtered(z, mask, model).mean) <= 5e-7
+
+
+def test_very_long_rows():
+    """131,072 tokens, without a mask and with holes: the state's error against one walk through all of them."""
+    ratios, time = [0.0, 1e-9, 1e-6, 1e-4, 1e-2, 1.0], 131_072
     make = torch.Generator().manual_seed(1)
     noise = torch.randn(time, generator=make)
     alternating = torch.ones(time)
     alternating[1::2] = -1  # the state is far smaller than the observations
     z = torch.stack([noise, alternating, noise.cumsum(0) * 1e-2])
-    mask = torch.ones(2, 3, time, dtype=torch.bool)
-    mask[1] = torch.rand(3, time, generator=make) > 0.3
-    both = filtered(z.expand(2, 3, time).flatten(0, 1), mask.flatten(0, 1), model).mean.view(2, 3, time)
-    for holes in (False, True):
-        rows = torch.where(mask[1], z, math.nan) if holes else z
-        result = filtered_mean(rows, mask[1] if holes else None, model)
+    holes = torch.rand(3, time, generator=make) > 0.3
+    cases = [(q, mask) for q in ratios for mask in (None, holes)]
+    everything = torch.ones_like(holes)
+    exact = filtered(
+        z.repeat(len(cases), 1),
+        torch.cat([everything if mask is None else mask for _, mask in cases]),
+        LocalLevel(torch.tensor([q for q, _ in cases]).double().repeat_interleave(len(z)), 1.0),
+    ).mean.split(len(z))
+    for (q, mask), expected in zip(cases, exact, strict=True):
+        rows = z if mask is None else torch.where(mask, z, math.nan)
+        result = filtered_mean(rows, mask, LocalLevel(q, 1.0))
         assert result.dtype == torch.float32
-        if q:
-            assert worst_error(result, both[int(holes)]) <= 5e-7
-        else:
-            assert (result == 0).all() and (both == 0).all()
+        assert (result == 0).all() if q == 0 else worst_error(result, expected) <= 5e-7

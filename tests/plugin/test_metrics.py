@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from verl_krpo.advantage import krpo
-from verl_krpo.config import KrpoConfig
+from verl_krpo.advantage.krpo import krpo
+from verl_krpo.config import ADAPTIVE, KrpoConfig
 from verl_krpo.plugin import metrics
 from verl_krpo.plugin.estimator import compute_advantage
 
@@ -41,7 +41,7 @@ def rewards_and_uids(sizes=(5, 1, 7, 2), seed=0):
 
 def estimated(rewards, uids, **settings):
     settings = KrpoConfig(**settings)
-    found = krpo.estimate(torch.as_tensor(rewards), np.array(uids, dtype=object), settings)
+    found = krpo(torch.as_tensor(rewards), np.array(uids, dtype=object), settings)
     return found, metrics.scalars(found, settings.process_var)
 
 
@@ -57,11 +57,11 @@ def test_every_metric_is_its_definition():
         gain = var / (var + 0.5)
         gains.append(gain)
         groups[uid] = mean + gain * (reward - mean), (1 - gain) * var, rows + [row]
-    advantage = found.groups.scatter(found.advantage, len(rewards)).numpy()
+    advantage = found.advantages().numpy()
     first, last = [r[0] for _, _, r in groups.values()], [r[-1] for _, _, r in groups.values()]
     several = [k for k, row in enumerate(first) if row != last[k]]
     exact = {
-        "krpo/baseline_mean": found.groups.scatter(found.baseline, len(rewards)).mean().item(),
+        "krpo/baseline_mean": found.groups.scatter(found.baseline).mean().item(),
         "krpo/gain_first": np.mean([gains[row] for row in first]),
         "krpo/gain_last": np.mean([gains[row] for row in last]),
         "krpo/advantage_std": advantage.std(),
@@ -91,7 +91,7 @@ def test_nis_is_one_where_the_model_made_the_rewards():
 
 def test_what_is_estimated_is_reported():
     rewards, uids = rewards_and_uids(sizes=(4,) * 8)
-    found, scalars = estimated(rewards, uids, **vars(krpo.ADAPTIVE))
+    found, scalars = estimated(rewards, uids, **vars(ADAPTIVE))
     for name, values in (
         ("measurement_var", found.prior.noise_var),
         ("prior_mean", found.prior.init_mean),
@@ -103,9 +103,9 @@ def test_what_is_estimated_is_reported():
 
 def test_padding_is_no_group():
     counted = torch.tensor([True, True, False])
-    found = krpo.estimate(torch.tensor([1.0, 0.0, 0.0]), np.array(["a", "a", "pad"]), KrpoConfig(), counted)
+    found = krpo(torch.tensor([1.0, 0.0, 0.0]), np.array(["a", "a", "pad"]), KrpoConfig(), counted)
     assert metrics.scalars(found, 1e-5)["krpo/groups"] == 1
-    found = krpo.estimate(torch.zeros(3), np.array(["pad"] * 3), KrpoConfig(), torch.zeros(3, dtype=torch.bool))
+    found = krpo(torch.zeros(3), np.array(["pad"] * 3), KrpoConfig(), torch.zeros(3, dtype=torch.bool))
     assert metrics.scalars(found, 1e-5) == {"krpo/groups": 0}
 
 

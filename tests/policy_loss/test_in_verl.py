@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 
 from verl_krpo.config import Gain, KpoConfig
-from verl_krpo.policy_loss.kpo import settings
+from verl_krpo.plugin.loss import settings_of
 
 KPO = "+actor@actor_rollout_ref.actor.policy_loss=kpo"
 AT = "actor_rollout_ref.actor"
@@ -50,16 +50,16 @@ def test_the_typed_config_reaches_the_worker(road):
     config = ROADS[road](composed(*SET).actor_rollout_ref.actor)
     instance = pickle.loads(pickle.dumps(omega_conf_to_dataclass(config)))
     assert instance.policy_loss.loss_mode == "kpo"
-    assert settings(instance) == IS
+    assert settings_of(instance) == IS
 
 
 def test_one_key_alone_means_the_published_defaults():
-    assert settings(actor()) == KpoConfig()
+    assert settings_of(actor()) == KpoConfig()
 
 
 @pytest.mark.parametrize("node", [{"process_var": 1e-4}, OmegaConf.create({"process_var": 1e-4})])
 def test_a_plain_node_is_typed(kpo_reference, node):
-    assert settings(kpo_reference.config(kpo=node)) == KpoConfig(process_var=1e-4)
+    assert settings_of(kpo_reference.config(kpo=node)) == KpoConfig(process_var=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_plain_node_is_typed(kpo_reference, node):
 )
 def test_a_wrong_node_is_named(kpo_reference, node, names):
     with pytest.raises(ValueError, match=names):
-        settings(kpo_reference.config(kpo=node))
+        settings_of(kpo_reference.config(kpo=node))
 
 
 def rows_of_very_different_lengths(seed=0):
@@ -141,7 +141,7 @@ def test_without_global_counts_it_normalises_as_verl_does(kpo_reference, mode):
     """Same batch through verl's vanilla with equal log-probs: where no ratio is clipped both losses are -A ratio."""
     from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
 
-    from verl_krpo.policy_loss.kpo import compute_policy_loss
+    from verl_krpo.plugin.loss import compute_policy_loss
 
     batch = kpo_reference.batch(seed=20)
     old = torch.where(batch.mask, batch.old, 0.0).double()
@@ -153,7 +153,7 @@ def test_without_global_counts_it_normalises_as_verl_does(kpo_reference, mode):
 
 
 def test_across_ranks_the_global_counts_are_required(kpo_reference):
-    from verl_krpo.policy_loss.kpo import compute_policy_loss
+    from verl_krpo.plugin.loss import compute_policy_loss
 
     batch = kpo_reference.batch()
     with pytest.raises(ValueError, match="batch_num_tokens"):

@@ -8,8 +8,8 @@ from verl.trainer.ppo.core_algos import agg_loss
 
 from verl_krpo.bench.kpo import published_loss
 from verl_krpo.config import Gain, KpoConfig
-from verl_krpo.kalman.moments import from_differences
-from verl_krpo.policy_loss.kpo import compute_policy_loss
+from verl_krpo.kalman.noise import by_differences
+from verl_krpo.plugin.loss import compute_policy_loss
 
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 KEYS = {
@@ -132,7 +132,7 @@ def test_measured_noise(kpo_reference):
     drift = torch.randn(6, 900, generator=torch.Generator().manual_seed(16)).cumsum(1) * 0.2
     batch.new = torch.where(batch.mask, batch.new + drift, batch.new)
     raw = torch.where(batch.mask, batch.new - batch.old, 0.0)
-    noise = from_differences(raw, batch.mask)
+    noise = by_differences(raw, batch.mask)
     assert 0.1 < noise.process_var / noise.measurement_var < 0.9  # about 0.4, and at neither bound
     measured = kpo_reference.config(0.2, 0.2, KpoConfig(measurement_var="batch", innovation_clip=2.0))
     given = KpoConfig(process_var=noise.process_var, measurement_var=noise.measurement_var, innovation_clip=2.0)

@@ -48,7 +48,7 @@ def log_likelihood(z, process_var, measurement_var, init_mean, init_var):
 
 
 def sequential(z, mask, process_var, measurement_var, init_mean=0.0, init_var=0.0, steady=False, kappa=math.inf):
-    """x_{t|t} and P_{t|t} (rows, time) in plain floats, and the side on which an innovation saturates at kappa sigma."""
+    """x_{t|t}, P_{t|t} and the side on which an innovation saturates at kappa sigma: (rows, time), by plain floats."""
     mean, var = (torch.zeros(z.shape, dtype=torch.float64) for _ in range(2))
     side = torch.zeros(z.shape, dtype=torch.int8)
     for row in range(z.shape[0]):

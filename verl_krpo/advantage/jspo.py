@@ -25,5 +25,5 @@ def baseline(values: torch.Tensor, groups: Groups) -> torch.Tensor:
     center = sum_of_others(means) / others
     v = sum_of_others(squares / (sizes - 1).clamp(min=1) / sizes) / others
     s = torch.stack([torch.cat([means[:g], means[g + 1 :]]).var() for g in range(len(means))])
-    weight = torch.where((sizes > 1) & (v + s > 0), v / (v + s).clamp(min=torch.finfo(v.dtype).tiny), (sizes == 1).double())
+    weight = torch.where(v > 0, v / (v + s), 0.0).masked_fill(sizes == 1, 1.0)
     return torch.lerp(alone, center[:, None].expand_as(alone), weight[:, None])

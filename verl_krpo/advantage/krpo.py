@@ -36,7 +36,7 @@ from verl_krpo.advantage import jspo
 from verl_krpo.advantage.groups import Groups, group
 from verl_krpo.advantage.shrinkage import Prior, exchangeable, group_moments, prior_of
 from verl_krpo.config import Baseline, KrpoConfig, Order, Scale
-from verl_krpo.kalman import Belief, LocalLevel, filtered, leave_one_out, posterior, predicted, smoothed
+from verl_krpo.kalman import LocalLevel, filtered, leave_one_out, posterior, predicted, smoothed
 
 BASELINES = {
     Baseline.causal: filtered,

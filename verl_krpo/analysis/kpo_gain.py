@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from verl_krpo.kalman import local_level
+from verl_krpo.kalman import LocalLevel, gains, steady_gain
 
 TOKENS = (1, 8, 64, 256, 1024, 4096, 16384)
 SETTINGS = {
     "published: Q 1e-6, P0 0": (1e-6, 1.0, 0.0),
-    "gain=steady, or init_var 9.995e-4 = R K_inf": (1e-6, 1.0, local_level.steady_gain(1e-6, 1.0)),
+    "gain=steady, or init_var 9.995e-4 = R K_inf": (1e-6, 1.0, steady_gain(LocalLevel(1e-6, 1.0))),
     "init_var 1": (1e-6, 1.0, 1.0),
     "Q 1e-4 (published, unclipped)": (1e-4, 1.0, 0.0),
     "Q 1e-2": (1e-2, 1.0, 0.0),
@@ -23,7 +23,8 @@ SETTINGS = {
 
 def curves(setting: tuple[float, float, float], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K_t and 1 - prod_{j<=t} (1 - K_j) for t = 1..tokens, from (Q, R, P0)."""
-    gain = local_level.schedule(tokens, *setting).gain
+    process_var, measurement_var, init_var = setting
+    gain = gains(LocalLevel(process_var, measurement_var, 0.0, init_var), tokens)
     return gain, 1 - torch.log1p(-gain).cumsum(0).exp()
 
 

@@ -25,12 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from verl_krpo.advantage import krpo
 from verl_krpo.advantage.groups import Groups, group
-from verl_krpo.advantage.prior import prior_of
+from verl_krpo.advantage.krpo import krpo
+from verl_krpo.advantage.shrinkage import prior_of
 from verl_krpo.analysis import rollouts
-from verl_krpo.config import KRPO_AT, KrpoConfig, Order, read
-from verl_krpo.kalman import filter as kalman
+from verl_krpo.config import ADAPTIVE, KRPO_AT, KrpoConfig, Order, read
+from verl_krpo.kalman import LocalLevel, innovations, log_likelihood
 from verl_krpo.plugin import metrics
 
 METHODS = ("grpo", "rloo", "krpo", "krpo_adaptive")
@@ -104,16 +104,14 @@ def advantages(method: str, rewards: torch.Tensor, prompts: np.ndarray, settings
     """Advantages (rows,) of rewards (rows,) by one of METHODS."""
     if method in ("grpo", "rloo"):
         return _by_group_mean(method, rewards, group(prompts, torch.ones(len(rewards), dtype=torch.bool)))
-    found = krpo.estimate(rewards, prompts, krpo.ADAPTIVE if method == "krpo_adaptive" else settings)
-    return found.groups.scatter(found.advantage, len(rewards))
+    return krpo(rewards, prompts, ADAPTIVE if method == "krpo_adaptive" else settings).advantages()
 
 
 def _by_group_mean(method: str, rewards: torch.Tensor, groups: Groups) -> torch.Tensor:
     """verl's grpo and rloo, which leave the reward of a group of one as it is. (verl's own would bring 200 MB.)"""
     values, sizes = groups.gather(rewards), groups.sizes[:, None]
-    member = torch.ones_like(values, dtype=torch.bool) if groups.mask is None else groups.mask
-    deviation = torch.where(member, values - values[:, :1], 0.0)  # from one of them: equal rewards give exactly 0
-    deviation = torch.where(member, deviation - deviation.sum(dim=1, keepdim=True) / sizes, 0.0)
+    deviation = torch.where(groups.mask, values - values[:, :1], 0.0)  # from one of them: equal rewards give exactly 0
+    deviation = torch.where(groups.mask, deviation - deviation.sum(dim=1, keepdim=True) / sizes, 0.0)
     several = sizes > 1
     if method == "rloo":
         found = deviation * sizes / (sizes - 1).clamp(min=1)
@@ -121,7 +119,7 @@ def _by_group_mean(method: str, rewards: torch.Tensor, groups: Groups) -> torch.
         std = (deviation.square().sum(dim=1, keepdim=True) / (sizes - 1).clamp(min=1)).sqrt()
         found = deviation / (std + GRPO_EPSILON)
         values = values / (1 + GRPO_EPSILON)
-    return groups.scatter(torch.where(several, found, values), len(rewards))
+    return groups.scatter(torch.where(several, found, values))
 
 
 def replay(
@@ -150,8 +148,8 @@ def _add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
     values = arrived.gather(rewards)
     equal = _equal(values, arrived)
     drawn = _redrawn(values, arrived, rng)
-    deviation = arrived.scatter(drawn - _mean(values, arrived)[:, None], len(rewards))
-    redrawn = arrived.scatter(drawn, len(rewards))
+    deviation = arrived.scatter(drawn - _mean(values, arrived)[:, None])
+    redrawn = arrived.scatter(drawn)
     orders = [rng.permutation(len(rewards)) for _ in range(ORDERS)]
     sizes = arrived.sizes
     result.groups += len(sizes)
@@ -165,8 +163,7 @@ def _add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
 
     row = {"step": step.number, "reward": rewards.mean().item(), "rows": len(rewards), "groups": len(sizes)}
     row["no_signal"] = equal.double().mean().item()
-    found = krpo.estimate(rewards, step.prompts, result.settings)
-    found = krpo.estimate(rewards, step.prompts, result.settings)
+    found = krpo(rewards, step.prompts, result.settings)
     nis = metrics.scalars(found, result.settings.process_var).get("krpo/nis")
     if nis is not None:
         result.nis[0] += nis * len(rewards)
@@ -228,14 +225,12 @@ def _ends(a: torch.Tensor, groups: Groups, totals: Totals) -> tuple[float, float
 
 
 def _places(groups: Groups) -> np.ndarray:
-    return (groups.slots % groups.width).numpy()
+    return groups.mask.nonzero()[:, 1].numpy()
 
 
 def _equal(values: torch.Tensor, groups: Groups) -> torch.Tensor:
     """(groups,): more than one member and all of one reward."""
-    same = values == values[:, :1]
-    if groups.mask is not None:
-        same |= ~groups.mask
+    same = (values == values[:, :1]) | ~groups.mask
     return same.all(dim=1) & (groups.sizes > 1)
 
 
@@ -289,9 +284,9 @@ def fit(sample: tuple[torch.Tensor, torch.Tensor], settings: KrpoConfig) -> Fit 
         return None
 
     def concentrated(q: float, p: float) -> tuple[float, float, float]:
-        kwargs = dict(process_var=q, measurement_var=1.0, init_var=p)
-        error, var = kalman.innovations(values, mask, **kwargs)
-        unit, _ = kalman.innovations(torch.ones_like(values), mask, **kwargs)
+        model = LocalLevel(q, 1.0, 0.0, p)
+        error, var = innovations(values, mask, model)
+        unit, _ = innovations(torch.ones_like(values), mask, model)
         error, unit, var = error[mask], unit[mask], var[mask]
         mean = ((error * unit / var).sum() / (unit.square() / var).sum()).item()
         scale = ((error - mean * unit).square() / var).mean().item()
@@ -307,14 +302,8 @@ def fit(sample: tuple[torch.Tensor, torch.Tensor], settings: KrpoConfig) -> Fit 
     likelihood, mean, scale = tried[q, p]
 
     prior = prior_of(values, _as_groups(mask), settings)
-    ours = kalman.log_likelihood(
-        values,
-        mask,
-        process_var=settings.process_var,
-        measurement_var=prior.measurement_var,
-        init_mean=prior.init_mean,
-        init_var=prior.init_var,
-    )
+    model = LocalLevel(settings.process_var, prior.measurement_var, prior.init_mean, prior.init_var)
+    ours = log_likelihood(values, mask, model)
     return Fit(float(q * scale), scale, mean, float(p * scale), (likelihood - ours.sum().item()) / count)
 
 

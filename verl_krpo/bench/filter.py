@@ -1,6 +1,6 @@
 """What the filters cost, without a mask, with one that is all true, padded and with holes, and how exact they are.
 
-Ours, the published approach, one step after the other in float64, and as a floor torch.cumsum and a copy.
+Ours for long rows, the published approach, ours step by step, and as a floor torch.cumsum and a copy.
 """
 
 import math
@@ -10,11 +10,10 @@ from functools import partial
 import torch
 
 from verl_krpo.bench.timing import median_ratio, paired, peak_bytes
-from verl_krpo.kalman import filter as kalman
-from verl_krpo.kalman import local_level, naive
+from verl_krpo.kalman import LocalLevel, filtered, filtered_mean
 
 SHAPES = ((8, 1024), (32, 4096), (64, 16384), (8, 131072))
-MODEL = {"process_var": 1e-6, "measurement_var": 1.0}  # KPO's default
+MODEL = LocalLevel(process_var=1e-6, measurement_var=1.0)  # KPO's default
 
 
 def published(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -27,31 +26,17 @@ def published(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     K_t is held within [1e-6, 1 - 1e-6]; A_t is exp of a sum of logarithms, held above 1e-30; a masked token observes 0.
     It also spreads P_t = R K_t over the rows.
     """
-    q = torch.tensor(MODEL["process_var"] / MODEL["measurement_var"], device=z.device)
+    q = torch.tensor(MODEL.process_var / MODEL.measurement_var, device=z.device)
     seen = mask.float()
     z = z.float() * seen
     eta = torch.log(1 + q / 2 + torch.sqrt(torch.clamp((1 + q / 2) ** 2 - 1, min=0)))
     u = torch.sinh(torch.arange(1, z.shape[1] + 1, device=z.device) * eta) / torch.sinh(eta)
     gain = q * u / (u * (q + 1) - torch.cat([u.new_zeros(1), u[:-1]]))
     gain = gain.clamp(1e-6, 1 - 1e-6)
-    spread = (MODEL["measurement_var"] * gain).expand_as(z) * seen  # noqa: F841
+    spread = (MODEL.measurement_var * gain).expand_as(z) * seen  # noqa: F841
     fall = (1 - gain).log().cumsum(0).clamp(min=math.log(1e-30)).exp()
     rise = gain * (1 / fall).clamp(max=math.exp(80))
     return fall * (z * rise).cumsum(1) * seen
-
-
-def loop(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One step after the other, all rows at once, float64."""
-    gains = local_level.schedule(z.shape[1], **MODEL, init_var=0.0).gain.to(z.device)
-    state = torch.zeros(len(z), dtype=torch.float64, device=z.device)
-    rank = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    out = torch.empty_like(z)
-    for t in range(z.shape[1]):
-        step = gains[rank] * (z[:, t] - state)
-        state = torch.where(mask[:, t], state + step, state)
-        rank += mask[:, t]
-        out[:, t] = state
-    return out
 
 
 def table(rounds: int, device: str) -> list[dict]:
@@ -70,13 +55,13 @@ def _rows(shape: tuple[int, int], rounds: int, device: str) -> list[dict]:
         "right-padded": torch.arange(steps) < lengths,
         "holes": torch.rand(shape, generator=generator) > 0.2,
     }
-    exact = {name: naive.filtered_mean(z.double(), mask, **MODEL) for name, mask in masks.items()}
+    exact = {name: filtered(z.double(), mask, MODEL).mean for name, mask in masks.items()}
     z = z.to(device)
     masks = {name: None if mask is None else mask.to(device) for name, mask in masks.items()}
-    calls = {("ours", name): partial(kalman.filtered_mean, z, mask, **MODEL) for name, mask in masks.items()}
+    calls = {("ours", name): partial(filtered_mean, z, mask, MODEL) for name, mask in masks.items()}
     calls |= {("published", name): partial(published, z, masks[name]) for name in ("all", "holes")}
     calls |= {("torch.cumsum", "none"): partial(torch.cumsum, z, 1), ("copy", "none"): z.clone}
-    slow = {("naive loop", "holes"): partial(loop, z, masks["holes"])}
+    slow = {("step by step", "holes"): partial(filtered, z, masks["holes"], MODEL)}
     times = paired(calls, rounds, device) | paired(slow, 1, device)
 
     rows = []
@@ -86,8 +71,9 @@ def _rows(shape: tuple[int, int], rounds: int, device: str) -> list[dict]:
         reference = times["published", "holes" if name == "holes" else "all"]
         row["speed / published"] = median_ratio(reference, times[method, name]) if (method, name) in calls else None
         row["max error / max state"] = row["peak extra memory / input"] = None
-        if method in ("ours", "published", "naive loop"):
-            error = (call().cpu().double() - exact[name]).abs().amax(dim=1) / exact[name].abs().amax(dim=1)
+        if method in ("ours", "published", "step by step"):
+            result = call().mean if method == "step by step" else call()
+            error = (result.cpu().double() - exact[name]).abs().amax(dim=1) / exact[name].abs().amax(dim=1)
             row["max error / max state"] = error.max().item()
         if (method, name) in calls:
             row["peak extra memory / input"] = peak_bytes(call, device) / z.nbytes

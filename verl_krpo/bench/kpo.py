@@ -65,7 +65,7 @@ def losses() -> dict[str, Callable]:
     """What is compared, by name; each takes (old_log_prob, log_prob, advantages, response_mask)."""
     from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
 
-    from verl_krpo.policy_loss.kpo import compute_policy_loss
+    from verl_krpo.plugin.loss import compute_policy_loss
 
     def bound(loss, kpo=None):
         config = actor_config(kpo)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from verl_krpo.bench.timing import median_ratio, paired, peak_bytes
-from verl_krpo.config import Baseline, KrpoConfig, Scale
+from verl_krpo.config import ADAPTIVE, Baseline, KrpoConfig, Scale
 
 SHAPES = ((1024, 8), (1024, 64), (4096, 16), (4096, 64))
 TOKENS = 8
@@ -31,8 +31,6 @@ def batch(prompts: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.T
 
 def forms() -> dict[str, KrpoConfig]:
     """Every baseline, every scale, and the adaptive preset."""
-    from verl_krpo.advantage.krpo import ADAPTIVE
-
     return (
         {f"krpo {baseline.value}": KrpoConfig(baseline=baseline) for baseline in Baseline}
         | {f"krpo {scale.value}": KrpoConfig(scale=scale) for scale in Scale if scale != KrpoConfig.scale}

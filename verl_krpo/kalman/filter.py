@@ -102,10 +102,7 @@ def _states(observations: torch.Tensor, mask: Mask, model: LocalLevel) -> Belief
 
 
 def _from_the_right(observations: torch.Tensor, mask: Mask, model: LocalLevel) -> Belief:
-    """The state at i given the observations after i: the same filter over the reversed row, from a diffuse prior.
-
-    A random walk looks the same backwards.
-    """
+    """The state at i given the observations after i: a random walk looks the same backwards, from a diffuse prior."""
     diffuse = dataclasses.replace(model, init_var=math.inf)
     mean, var = predicted(observations.flip(1), None if mask is None else mask.flip(1), diffuse)
     return Belief(mean.flip(1), var.flip(1))
@@ -130,8 +127,7 @@ def check_mask(mask: torch.Tensor, observations: torch.Tensor) -> torch.Tensor:
     """The mask as bool; ValueError where its shape is not that of the observations, or a value neither 0 nor 1."""
     if mask.shape != observations.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, observations {tuple(observations.shape)}")
-    wrong = (mask != 0) & (mask != 1)
-    if wrong.any():
+    if mask.dtype != torch.bool and (wrong := (mask != 0) & (mask != 1)).any():
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(f"mask={mask[row, column].item()} in row {row}, column {column}: must be bool or 0/1")
     return mask.bool()

@@ -10,11 +10,11 @@ def by_differences(
 ) -> LocalLevel | None:
     """One Q and one R for all rows of observations (rows, time), mask bool; None if all differences are 0.
 
-        d_t = z_t - z_{t-1} = w_t + v_t - v_{t-1},    E d_t^2 = Q + 2R,    E d_t d_{t+1} = -R   (Harvey 1989, section 2.4)
+        d_t = z_t - z_{t-1} = w_t + v_t - v_{t-1}        E d_t^2 = Q + 2R        E d_t d_{t+1} = -R
 
-    Neighboring columns that are both observed count as a difference. Q/R is kept within [smallest_ratio,
-    largest_ratio], R then being the one that explains E d_t^2. A sample of n differences knows Q/R to about 3 / sqrt(n):
-    what is smaller ends at the lower bound as often as not.
+    (Harvey 1989, section 2.4). Neighboring columns that are both observed count as a difference. Q/R is kept within
+    [smallest_ratio, largest_ratio], R then being the one that explains E d_t^2. A sample of n differences knows Q/R to
+    about 3 / sqrt(n): what is smaller ends at the lower bound as often as not.
     """
     pair = mask[:, 1:] & mask[:, :-1]
     d = torch.where(pair, observations[:, 1:] - observations[:, :-1], 0).detach()

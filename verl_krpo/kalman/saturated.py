@@ -4,10 +4,9 @@
 
 Gains and variances are those of the model, whatever the data. Were it known which innovations saturate, the state would
 obey a linear recurrence: x_t = x_{t-1} +- K_t kappa sigma_t where they do, the usual update where they do not. So the
-pattern is guessed, the recurrence solved, the pattern read off its solution, and so on until it is the one that was
-assumed: then the solution is the sequential one. A pattern that is right up to t gives a state that is right up to t,
-hence a pattern right up to t + 1: as many rounds as there are tokens suffice, and a few do in practice. Time is cut
-into windows, each starting from the exact state, which bounds what an adversarial sequence can cost.
+pattern is guessed, the recurrence solved, the pattern read off its solution, until it is the one that was assumed. A
+pattern that is right up to t gives a state that is right up to t, hence a pattern right up to t + 1: it ends, in
+practice after a few rounds. Windows of time, each from the exact state, bound what an adversarial sequence can cost.
 """
 
 import itertools
@@ -37,7 +36,6 @@ def filtered_mean(
     """
     if not innovation_clip > 0:
         raise ValueError(f"innovation_clip={innovation_clip} must be > 0")
-    dtype = torch.promote_types(observations.dtype, torch.float32)
     packed, rank = pack(observations.detach(), mask)
     gains = schedule(model, gain, power_of_two(packed.shape[1]))[: packed.shape[1]].to(packed.device)
     before = model.measurement_var * gains.roll(1)  # P_{t-1|t-1} = R K_{t-1}
@@ -47,14 +45,17 @@ def filtered_mean(
 
     state = torch.full((len(packed),), model.init_mean, dtype=torch.float64, device=packed.device)
     means, sides = [packed[:, :0].double()], [packed[:, :0].bool()]
-    for z, k, bound in zip(*(x.split(max(1, WINDOW // max(1, len(packed))), -1) for x in (packed, gains, bounds))):
-        x, side = _window(z.double(), k, bound, state)
+    width = max(1, WINDOW // max(1, len(packed)))
+    for start in range(0, packed.shape[1], width):
+        part = slice(start, start + width)
+        x, side = _window(packed[:, part].double(), gains[part], bounds[part], state)
         state = x[:, -1]
         means.append(x)
         sides.append(side != 0)
-    mean = unpack(torch.cat(means, dim=1), rank, model.init_mean).to(dtype)
     saturated = unpack(torch.cat(sides, dim=1), rank, False)
-    return mean, saturated if mask is None else saturated & mask.bool()
+    saturated = saturated if mask is None else saturated & mask.bool()
+    mean = unpack(torch.cat(means, dim=1), rank, model.init_mean)
+    return mean.to(torch.promote_types(observations.dtype, torch.float32)), saturated
 
 
 def _window(

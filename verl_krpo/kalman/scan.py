@@ -8,8 +8,6 @@ in float64. D_t would underflow in the end, so a window stops before it has fall
 from its last state.
 """
 
-from typing import NamedTuple
-
 import torch
 
 WINDOW = 6144  # steps: 8 rows of float64 stay in a core's cache
@@ -17,11 +15,7 @@ SMALLEST = 1e-150
 FLOOR = 1e-50  # a decay below this is 0 as far as float64 can tell; a window has then at least two steps
 
 
-class Window(NamedTuple):
-    """k_s / D_s and D_t of consecutive steps, (rows or 1, steps) float64."""
-
-    scaled_weight: torch.Tensor
-    decay_product: torch.Tensor
+Window = tuple[torch.Tensor, torch.Tensor]  # k_s / D_s and D_t of consecutive steps, (rows or 1, steps) float64
 
 
 def windows(decay: torch.Tensor, weight: torch.Tensor) -> list[Window]:
@@ -31,7 +25,7 @@ def windows(decay: torch.Tensor, weight: torch.Tensor) -> list[Window]:
         product = decay[:, start : start + WINDOW].clamp(min=FLOOR).cumprod(dim=1)
         steps = int((product.amin(dim=0) > SMALLEST).sum())
         product = product[:, :steps]
-        result.append(Window(weight[:, start : start + steps] / product, product))
+        result.append((weight[:, start : start + steps] / product, product))
         start += steps
     return result
 
@@ -44,10 +38,9 @@ def solve(windows: list[Window], values: torch.Tensor, initial: torch.Tensor, dt
     pieces, state, start = [], initial, 0
     for scaled_weight, decay_product in windows:
         z = values[:, start : start + decay_product.shape[1]].double()
-        if not z.shape[1]:
+        if not (n := z.shape[1]):
             break
-        steps = slice(0, z.shape[1])
-        x = decay_product[:, steps] * (state[:, None] + (scaled_weight[:, steps] * z).cumsum(dim=1))
-        state, start = x[:, -1], start + z.shape[1]
+        x = decay_product[:, :n] * (state[:, None] + (scaled_weight[:, :n] * z).cumsum(dim=1))
+        state, start = x[:, -1], start + n
         pieces.append(x.to(dtype))
     return torch.cat(pieces, dim=1) if pieces else values.to(dtype)

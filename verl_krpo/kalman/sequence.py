@@ -1,6 +1,6 @@
 """The filtered mean of long rows, whose observations all follow one model with numbers as parameters.
 
-    x_t = x_{t-1} + K_t (z_t - x_{t-1}) = (1 - K_t) x_{t-1} + K_t z_t
+x_t = x_{t-1} + K_t (z_t - x_{t-1}) = (1 - K_t) x_{t-1} + K_t z_t
 """
 
 import functools
@@ -42,9 +42,9 @@ def power_of_two(n: int) -> int:
 
 
 def pack(observations: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Observations moved to the left of their rows, (rows, time), and their rank there, 1 for the first.
+    """Observations moved to the left of their rows, and how many there are up to and including each position.
 
-    A masked position has the rank of the observation before it, 0 if there is none. Without a mask nothing moves.
+    Both (rows, time). Without a mask nothing moves.
     """
     if mask is None:
         return observations, None
@@ -63,4 +63,4 @@ def unpack(packed: torch.Tensor, rank: torch.Tensor | None, before: float) -> to
 @functools.lru_cache(maxsize=16)
 def _windows(model: LocalLevel, gain: str, n: int, device: torch.device) -> list[scan.Window]:
     weight = schedule(model, gain, n)[None]
-    return [scan.Window(*(part.to(device) for part in window)) for window in scan.windows(1 - weight, weight)]
+    return [(scaled.to(device), product.to(device)) for scaled, product in scan.windows(1 - weight, weight)]

@@ -29,17 +29,15 @@ def register() -> None:
 
 
 def _register_methods(core_algos: ModuleType) -> None:
-    from verl_krpo.plugin import estimator
-    from verl_krpo.policy_loss import kpo
+    from verl_krpo.plugin import estimator, loss
 
     core_algos.register_adv_est("krpo")(estimator.compute_advantage)
-    core_algos.register_policy_loss("kpo")(kpo.compute_policy_loss)
+    core_algos.register_policy_loss("kpo")(loss.compute_policy_loss)
 
 
 def _register_groups(config_store: ModuleType) -> None:
     """Existing groups of verl's: a new group would be taken for a plain value where the plugin is missing."""
-    from verl_krpo.advantage.krpo import ADAPTIVE
-    from verl_krpo.config import KpoConfig, KrpoConfig
+    from verl_krpo.config import ADAPTIVE, KpoConfig, KrpoConfig
 
     store = config_store.ConfigStore.instance()
     for name, settings in {"krpo": KrpoConfig(), "krpo_adaptive": ADAPTIVE}.items():

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from verl_krpo.advantage.krpo import estimate, settings_of
+from verl_krpo.advantage.krpo import krpo
+from verl_krpo.config import KRPO_AT, KrpoConfig, read
 from verl_krpo.plugin import metrics, sessions
 
 
@@ -31,8 +32,12 @@ def compute_advantage(
         dtype = torch.promote_types(token_level_rewards.dtype, torch.float32)
         rewards = token_level_rewards.sum(dim=-1, dtype=dtype)
         mask = response_mask.bool()
-        estimated = estimate(rewards, index, settings, counted=mask.any(dim=-1))
-        metrics.record(estimated, settings.process_var)
-        advantage = estimated.groups.scatter(estimated.advantage, len(rewards)).to(dtype)
-        advantages = torch.where(mask, advantage[:, None], 0.0)
+        estimate = krpo(rewards, index, settings, counted=mask.any(dim=-1))
+        metrics.record(estimate, settings.process_var)
+        advantages = torch.where(mask, estimate.advantages().to(dtype)[:, None], 0.0)
     return advantages, advantages
+
+
+def settings_of(config: Any) -> KrpoConfig:
+    """The `krpo` settings of verl's `algorithm` node (DictConfig, AlgoConfig, dict or None); ValueError if wrong."""
+    return read(KrpoConfig, None if config is None else config.get("krpo", None), KRPO_AT)

@@ -4,7 +4,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from verl_krpo.advantage import krpo
 from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
 
 GROUPS = {KRPO_AT: "+algorithm=krpo", KPO_AT: "+actor@actor_rollout_ref.actor.policy_loss=kpo"}
@@ -37,7 +36,7 @@ def check_overrides(overrides: list, config: Any) -> None:
 def _check_krpo(algorithm: Any) -> None:
     if algorithm.get("krpo") is None:
         return
-    krpo.check(read(KrpoConfig, algorithm.krpo, KRPO_AT))
+    read(KrpoConfig, algorithm.krpo, KRPO_AT)
     if algorithm.adv_estimator != "krpo":
         raise ValueError(
             f"{KRPO_AT} is set but algorithm.adv_estimator={algorithm.adv_estimator}: add "
@@ -48,7 +47,7 @@ def _check_krpo(algorithm: Any) -> None:
 def _check_kpo(loss: Any) -> None:
     if loss.get("kpo") is None:
         return
-    read(KpoConfig, {key: value for key, value in loss.kpo.items() if key != "_target_"}, KPO_AT)
+    read(KpoConfig, loss.kpo, KPO_AT)
     if loss.loss_mode != "kpo":
         raise ValueError(f"{KPO_AT} is set but loss_mode={loss.loss_mode}: set loss_mode=kpo, or remove {KPO_AT}")
     if not str(loss.get("_target_", "")).startswith("verl_krpo."):

@@ -23,49 +23,39 @@ from collections import deque
 import torch
 
 from verl_krpo.advantage.krpo import Estimate
-from verl_krpo.kalman import filter as kalman
+from verl_krpo.kalman import LocalLevel, innovations
 
 _MERGE = {"krpo/groups": sum, "krpo/singletons": sum, "krpo/group_size_min": min}
 _pending: deque[tuple[Estimate, float]] = deque(maxlen=16)  # bounded, for where nothing ever logs
 
 
-def scalars(found: Estimate, process_var: float) -> dict[str, float]:
-    """The metrics of one `krpo.Estimate`."""
-    groups, prior = found.groups, found.prior
+def scalars(estimate: Estimate, process_var: float) -> dict[str, float]:
+    """The metrics of one estimate."""
+    groups, prior = estimate.groups, estimate.prior
     if not len(groups.labels):
         return {"krpo/groups": 0}
-    measurement_var, init_mean, init_var, noise_var = (
-        torch.as_tensor(value, dtype=torch.float64, device=groups.sizes.device).expand(len(groups.labels))
-        for value in prior
-    )
-    innovation, innovation_var = kalman.innovations(
-        found.rewards,
-        groups.mask,
-        process_var=process_var,
-        measurement_var=prior.measurement_var,
-        init_mean=prior.init_mean,
-        init_var=prior.init_var,
-    )
-    gain_of = 1 - measurement_var[:, None] / innovation_var
-    innovation_var = innovation_var + (noise_var - measurement_var)[:, None]
+    model = LocalLevel(process_var, prior.measurement_var, prior.init_mean, prior.init_var)
+    innovation, innovation_var = innovations(estimate.rewards, groups.mask, model)
+    gain_of = 1 - prior.measurement_var[:, None] / innovation_var
+    innovation_var = innovation_var + (prior.noise_var - prior.measurement_var)[:, None]
     last = (groups.sizes - 1)[:, None]
     gain = torch.cat([gain_of[:, :1], gain_of.gather(1, last)], dim=1)
-    size = torch.cat([found.advantage[:, :1], found.advantage.gather(1, last)], dim=1).abs() * (last > 0)
+    size = torch.cat([estimate.advantage[:, :1], estimate.advantage.gather(1, last)], dim=1).abs() * (last > 0)
 
     def members(matrix: torch.Tensor) -> torch.Tensor:
-        return matrix.reshape(-1) if groups.mask is None else matrix[groups.mask]
+        return matrix[groups.mask]
 
     nis = members(innovation.square() / innovation_var)[members(innovation_var.isfinite())]
     first, final = size.sum(dim=0).tolist()
     gain_first, gain_last = gain.mean(dim=0).tolist()
     result = {
-        "krpo/baseline_mean": members(found.baseline).mean().item(),
+        "krpo/baseline_mean": members(estimate.baseline).mean().item(),
         "krpo/gain_first": gain_first,
         "krpo/gain_last": gain_last,
-        "krpo/advantage_std": members(found.advantage).std(correction=0).item(),
-        "krpo/measurement_var": noise_var[0].item(),
-        "krpo/prior_mean": init_mean.mean().item(),
-        "krpo/prior_var": init_var.mean().item(),
+        "krpo/advantage_std": members(estimate.advantage).std(correction=0).item(),
+        "krpo/measurement_var": prior.noise_var[0].item(),
+        "krpo/prior_mean": prior.init_mean.mean().item(),
+        "krpo/prior_var": prior.init_var.mean().item(),
         "krpo/groups": len(groups.labels),
         "krpo/group_size_min": groups.sizes.min().item(),
         "krpo/singletons": (last == 0).sum().item(),
@@ -77,9 +67,9 @@ def scalars(found: Estimate, process_var: float) -> dict[str, float]:
     return result
 
 
-def record(found: Estimate, process_var: float) -> None:
+def record(estimate: Estimate, process_var: float) -> None:
     """Keep a `krpo.Estimate` until the next log."""
-    _pending.append((found, process_var))
+    _pending.append((estimate, process_var))
 
 
 def discard() -> None:

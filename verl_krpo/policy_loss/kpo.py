@@ -108,7 +108,7 @@ def _diagnostics(
     gains = schedule(model, settings.gain, power_of_two(mask.shape[1])).to(z.device)
 
     def mean(values: torch.Tensor) -> torch.Tensor:
-        return values.sum(dtype=torch.float64) / tokens
+        return values.sum().double() / tokens
 
     def std(log_ratio: torch.Tensor) -> torch.Tensor:
         off = log_ratio.clamp(max=settings.ratio_log_max).expm1()  # ratio - 1: float32 keeps small ones exact

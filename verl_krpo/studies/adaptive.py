@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from verl_krpo.advantage import krpo
-from verl_krpo.config import Scale
+from verl_krpo.config import ADAPTIVE, Scale
 from verl_krpo.studies import estimator, report, simulate
 
 MEASURES = {
@@ -32,10 +31,10 @@ BATCHES = 4000  # a cell, at most
 def measure(seed: int = 0, prompts: tuple = PROMPTS, sizes: tuple = SIZES, rewards: int = REWARDS) -> list[dict]:
     """One row a law, batch and group size; snr_unscaled is that of the baseline alone."""
     rng = np.random.default_rng(seed)
-    unscaled = dataclasses.replace(krpo.ADAPTIVE, scale=Scale.none)
+    unscaled = dataclasses.replace(ADAPTIVE, scale=Scale.none)
     forms = {
         "RLOO": simulate.with_verl("rloo_vectorized"),
-        "krpo_adaptive": simulate.with_krpo(krpo.ADAPTIVE),
+        "krpo_adaptive": simulate.with_krpo(ADAPTIVE),
         "scale=none": simulate.with_krpo(unscaled),
     }
     rows = []

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from verl_krpo.advantage import krpo
+from verl_krpo.advantage.krpo import krpo
 from verl_krpo.config import Baseline, KrpoConfig, Order
 from verl_krpo.studies import report, simulate
 
@@ -38,8 +38,9 @@ DRAWS = 100
 def advantages(rewards: np.ndarray, orders: np.ndarray, settings: KrpoConfig) -> np.ndarray:
     """(permutations, members): the advantage of each member, under every order (permutations, members)."""
     prompts = np.repeat(np.arange(len(orders)), len(rewards))
-    found = krpo.estimate(torch.from_numpy(rewards[orders].ravel()), prompts, settings)
-    placed = found.groups.scatter(found.advantage, orders.size).numpy().reshape(orders.shape)
+    placed = (
+        krpo(torch.from_numpy(rewards[orders].ravel()), prompts, settings).advantages().numpy().reshape(orders.shape)
+    )
     back = np.empty_like(placed)
     np.put_along_axis(back, orders, placed, axis=1)
     return back

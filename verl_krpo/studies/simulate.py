@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from verl_krpo.advantage import krpo
-from verl_krpo.config import Baseline, KrpoConfig, Order, Scale
+from verl_krpo.advantage.krpo import krpo
+from verl_krpo.config import ADAPTIVE, Baseline, KrpoConfig, Order, Scale
 
 Law = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray, np.ndarray | float]]
 Estimator = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -75,8 +75,8 @@ def with_krpo(settings: KrpoConfig) -> Estimator:
 
     def estimator(rewards):
         uids = np.repeat(np.arange(len(rewards)), rewards.shape[1])
-        found = krpo.estimate(torch.from_numpy(rewards.ravel()), uids, settings)
-        matrices = (found.groups.scatter(m, rewards.size).numpy() for m in (found.baseline, found.advantage))
+        estimate = krpo(torch.from_numpy(rewards.ravel()), uids, settings)
+        matrices = (estimate.groups.scatter(m).numpy() for m in (estimate.baseline, estimate.advantage))
         return tuple(m.reshape(rewards.shape) for m in matrices)
 
     return estimator
@@ -117,7 +117,7 @@ def estimators() -> dict[str, Estimator]:
         "krpo posterior": form(baseline=Baseline.posterior),
         "krpo smoothed": form(baseline=Baseline.smoothed),
         "krpo leave_one_out": form(baseline=Baseline.leave_one_out),
-        "krpo_adaptive": with_krpo(krpo.ADAPTIVE),
+        "krpo_adaptive": with_krpo(ADAPTIVE),
     }
 
 
