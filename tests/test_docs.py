@@ -98,6 +98,12 @@ def test_the_readme_and_the_quickstart_agree_on_the_two_commands():
     assert set(first) <= set(readme)
 
 
+def test_the_notebook_runs():
+    code = re.findall(r"```python\n(.*?)```", (DOCS / "notebook.md").read_text(), re.DOTALL)
+    assert len(code) >= 5
+    exec("\n".join(code), {})
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_key_that_a_page_names_exists(page):
     for at, cls in CONFIGS.items():

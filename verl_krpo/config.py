@@ -171,7 +171,8 @@ def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
     """
     if isinstance(node, cls):
         return node
-    return _read(cls, OmegaConf.to_yaml(OmegaConf.create(node or {}), resolve=True), at)
+    node = node if OmegaConf.is_config(node) else OmegaConf.create(node or {})
+    return _read(cls, OmegaConf.to_yaml(node, resolve=True), at)
 
 
 @functools.lru_cache(maxsize=64)  # a reading takes longer than the filter does

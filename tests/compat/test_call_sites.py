@@ -19,7 +19,7 @@ def test_registered():
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 
     assert get_adv_estimator_fn("krpo").__module__ == "verl_krpo.plugin.estimator"
-    assert get_policy_loss_fn("kpo").__module__ == "verl_krpo.policy_loss.kpo"
+    assert get_policy_loss_fn("kpo").__module__ == "verl_krpo.plugin.loss"
 
 
 def test_the_estimator_at_its_call_site(compose):

@@ -44,7 +44,7 @@ def test_the_entry_point_names_the_plugin():
 )
 def test_importing_verl_registers_both(env):
     done = run(sys.executable, "-c", REGISTERED, **env)
-    assert done.stdout.split() == ["verl_krpo.plugin.estimator", "verl_krpo.policy_loss.kpo"], done.stderr
+    assert done.stdout.split() == ["verl_krpo.plugin.estimator", "verl_krpo.plugin.loss"], done.stderr
 
 
 def test_a_failing_plugin_is_seen_and_raised():

@@ -22,8 +22,10 @@ def baseline(values: torch.Tensor, groups: Groups) -> torch.Tensor:
     alone = alone / (sizes - 1).clamp(min=1)[:, None]
     if others < 2:
         return torch.where(sizes[:, None] > 1, alone, values)
-    center = sum_of_others(means) / others
+    grand = means.mean()
+    centered = means - grand  # around the mean of all: squares do not cancel
+    offset = sum_of_others(centered) / others  # of the mean of the others
     v = sum_of_others(squares / (sizes - 1).clamp(min=1) / sizes) / others
-    s = torch.stack([torch.cat([means[:g], means[g + 1 :]]).var() for g in range(len(means))])
+    s = ((sum_of_others(centered.square()) - others * offset.square()) / (others - 1)).clamp(min=0)
     weight = torch.where(v > 0, v / (v + s), 0.0).masked_fill(sizes == 1, 1.0)
-    return torch.lerp(alone, center[:, None].expand_as(alone), weight[:, None])
+    return torch.lerp(alone, (grand + offset)[:, None].expand_as(alone), weight[:, None])

@@ -32,7 +32,8 @@ def batch(prompts: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.T
 def forms() -> dict[str, KrpoConfig]:
     """Every baseline, every scale, and the adaptive preset."""
     return (
-        {f"krpo {baseline.value}": KrpoConfig(baseline=baseline) for baseline in Baseline}
+        {f"krpo {b.value}": KrpoConfig(baseline=b) for b in Baseline if b != Baseline.jspo}
+        | {"krpo jspo": KrpoConfig(baseline=Baseline.jspo, scale=Scale.none)}
         | {f"krpo {scale.value}": KrpoConfig(scale=scale) for scale in Scale if scale != KrpoConfig.scale}
         | {"krpo_adaptive": ADAPTIVE, "krpo_adaptive, Q = 1e-5": dataclasses.replace(ADAPTIVE, process_var=1e-5)}
     )
