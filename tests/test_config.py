@@ -18,6 +18,8 @@ def test_defaults_are_the_published_ones():
         "order": "shuffled",
         "baseline": "causal",
         "scale": "filter_std",
+        "memory": "none",
+        "memory_var": "auto",
     }
     assert dataclasses.asdict(KpoConfig()) == {
         "process_var": 1e-6,

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from verl_krpo import config, kalman
     from verl_krpo.advantage.krpo import krpo
+    from verl_krpo.advantage.memory import PromptMemory
     from verl_krpo.config import KpoConfig, KrpoConfig
     from verl_krpo.kalman import LocalLevel
     from verl_krpo.policy_loss.kpo import kpo
@@ -21,8 +22,9 @@ _HOME = {
     "KrpoConfig": "verl_krpo.config",
     "KpoConfig": "verl_krpo.config",
     "LocalLevel": "verl_krpo.kalman",
+    "PromptMemory": "verl_krpo.advantage.memory",
 }
-__all__ = ["KpoConfig", "KrpoConfig", "LocalLevel", "config", "kalman", "kpo", "krpo"]
+__all__ = ["KpoConfig", "KrpoConfig", "LocalLevel", "PromptMemory", "config", "kalman", "kpo", "krpo"]
 
 
 def __getattr__(name: str) -> Any:

@@ -242,6 +242,14 @@ def adaptive(out: Out, seed: Seed = 0) -> None:
     print(adaptive.run(out, seed))
 
 
+@study.command()
+def memory(out: Out, seed: Seed = 0) -> None:
+    """krpo_memory against RLOO and krpo_adaptive on prompts that recur and drift (a few minutes)."""
+    from verl_krpo.studies import memory
+
+    print(memory.run(out, seed))
+
+
 def main() -> None:
     """The entry point: what the user got wrong is one line, anything else keeps its traceback."""
     try:

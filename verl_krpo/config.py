@@ -6,15 +6,16 @@ Both classes are plain dataclasses. OmegaConf checks keys, types and words, `__p
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-Number = int | float | str  # str only for the word "batch"
+Number = int | float | str  # str only for the words "batch" and "auto"
 BATCH = "batch"
+AUTO = "auto"
 KRPO_AT = "algorithm.krpo"
 KPO_AT = "actor_rollout_ref.actor.policy_loss.kpo"
 
@@ -40,6 +41,11 @@ class Scale(str, Enum):
     none = "none"
 
 
+class Memory(str, Enum):
+    none = "none"
+    prompt = "prompt"
+
+
 class Gain(str, Enum):
     scheduled = "scheduled"
     steady = "steady"
@@ -52,6 +58,7 @@ def _finite(value: Any) -> bool:
 Rule = tuple[Callable[[Any], bool], str]  # what holds for a valid value, and in words
 FINITE_OR_BATCH: Rule = (lambda v: v == BATCH or _finite(v), "a finite number or the word batch")
 NON_NEGATIVE: Rule = (lambda v: _finite(v) and v >= 0, "a finite number >= 0")
+NON_NEGATIVE_OR_AUTO: Rule = (lambda v: v == AUTO or (_finite(v) and v >= 0), f"{NON_NEGATIVE[1]} or the word auto")
 NON_NEGATIVE_OR_BATCH: Rule = (lambda v: v == BATCH or (_finite(v) and v >= 0), f"{NON_NEGATIVE[1]} or the word batch")
 POSITIVE: Rule = (lambda v: _finite(v) and v > 0, "a finite number > 0")
 POSITIVE_OR_BATCH: Rule = (lambda v: v == BATCH or (_finite(v) and v > 0), f"{POSITIVE[1]} or the word batch")
@@ -71,6 +78,15 @@ def _validate(config: Any, at: str, rules: dict[str, Rule], words: dict[str, typ
         setattr(config, key, enum(value))
 
 
+SHRUNK = {  # a group's mean is shrunk towards those of the batch
+    "process_var": 0.0,
+    "measurement_var": BATCH,
+    "init_mean": BATCH,
+    "init_var": BATCH,
+    "baseline": Baseline.leave_one_out,
+}
+
+
 @dataclass
 class KrpoConfig:
     """`algorithm.krpo.*`, the advantage estimator (arXiv 2505.07527).
@@ -85,6 +101,8 @@ class KrpoConfig:
         baseline: which estimate of the state is subtracted from the reward; `jspo`, which is no filter, reads neither
             the model nor the order
         scale: what the difference is divided by
+        memory: `prompt` keeps a state a prompt over training time (advantage/memory.py)
+        memory_var: Q >= 0 of such a state, variance of its drift in a step, or `auto`: learned
     """
 
     process_var: float = 1e-5
@@ -95,6 +113,8 @@ class KrpoConfig:
     order: Order = Order.shuffled
     baseline: Baseline = Baseline.causal
     scale: Scale = Scale.filter_std
+    memory: Memory = Memory.none
+    memory_var: Number = AUTO
 
     def __post_init__(self) -> None:
         rules = {
@@ -103,12 +123,19 @@ class KrpoConfig:
             "init_mean": FINITE_OR_BATCH,
             "init_var": NON_NEGATIVE_OR_BATCH,
             "epsilon": NON_NEGATIVE,
+            "memory_var": NON_NEGATIVE_OR_AUTO,
         }
-        _validate(self, KRPO_AT, rules, {"order": Order, "baseline": Baseline, "scale": Scale})
+        _validate(self, KRPO_AT, rules, {"order": Order, "baseline": Baseline, "scale": Scale, "memory": Memory})
         if self.baseline == Baseline.jspo and self.scale in (Scale.filter_std, Scale.innovation_std):
             raise ValueError(
                 f"{KRPO_AT}.scale={self.scale.value} needs the variance of a filter, which {KRPO_AT}.baseline=jspo is "
                 "not: use scale=none, the published one, or scale=group_std"
+            )
+        others = [f"{key}={getattr(self, key)}" for key, value in SHRUNK.items() if getattr(self, key) != value]
+        if self.memory == Memory.prompt and others:
+            raise ValueError(
+                f"{KRPO_AT}.memory=prompt has the prior and the baseline of krpo_adaptive, not {', '.join(others)}: "
+                "start from +algorithm=krpo_memory, or set memory=none"
             )
         if self.scale == Scale.filter_std and self.process_var == 0 and self.init_var in (0, BATCH):
             raise ValueError(
@@ -152,14 +179,9 @@ class KpoConfig:
 
 
 # Our recommended estimator, the preset `krpo_adaptive`: unbiased, order-free, its noise and prior fitted to the batch.
-ADAPTIVE = KrpoConfig(
-    process_var=0.0,
-    measurement_var=BATCH,
-    init_mean=BATCH,
-    init_var=BATCH,
-    baseline=Baseline.leave_one_out,
-    scale=Scale.innovation_std,
-)
+ADAPTIVE = KrpoConfig(**SHRUNK, scale=Scale.innovation_std)
+# The same with a state a prompt that lasts, the preset `krpo_memory`.
+MEMORY = replace(ADAPTIVE, memory=Memory.prompt)
 
 Config = TypeVar("Config", KrpoConfig, KpoConfig)
 

@@ -34,8 +34,9 @@ import torch
 
 from verl_krpo.advantage import jspo
 from verl_krpo.advantage.groups import Groups, group
+from verl_krpo.advantage.memory import PromptMemory, Visits, observe
 from verl_krpo.advantage.shrinkage import Prior, exchangeable, group_moments, prior_of
-from verl_krpo.config import Baseline, KrpoConfig, Order, Scale
+from verl_krpo.config import KRPO_AT, Baseline, KrpoConfig, Memory, Order, Scale
 from verl_krpo.kalman import LocalLevel, filtered, leave_one_out, posterior, predicted, smoothed
 
 BASELINES = {
@@ -55,6 +56,8 @@ class Estimate(NamedTuple):
     baseline: torch.Tensor
     baseline_var: torch.Tensor
     advantage: torch.Tensor
+    memory: PromptMemory | None = None  # after these rewards
+    visits: Visits | None = None  # what it knew before
 
     def advantages(self) -> torch.Tensor:
         """A_i by row, (rows,) float64; 0 in rows that are not counted."""
@@ -66,20 +69,32 @@ def krpo(
     prompts: object,
     settings: KrpoConfig | None = None,
     counted: torch.Tensor | None = None,
+    memory: PromptMemory | None = None,
+    step: int | None = None,
 ) -> Estimate:
     """Advantages of rewards (rows,) whose prompt ids are `prompts` (rows,), in any order.
 
     settings: None gives the published ones. counted: (rows,) bool, rows that are members of their group; None: all.
+    memory: with settings.memory=prompt, what earlier steps have left (`PromptMemory()` at first, then the estimate's
+    own); the ids must then be the same at every visit. step: that of these rewards, None for the next.
+
     ValueError names the rows and prompts of rewards that are not finite, and rows without a prompt id.
     """
     settings = settings or KrpoConfig()
+    if (memory is None) != (settings.memory == Memory.none):
+        given = "no memory" if memory is None else "a memory"
+        raise ValueError(f"krpo got {given} with {KRPO_AT}.memory={settings.memory.value}: the two go together")
     rewards = torch.as_tensor(rewards)
     counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
     order_free = _order_free(settings)
     groups = group(prompts, counted, Order.arrival if order_free else settings.order)
     _require_finite(rewards, groups)
     values = groups.gather(rewards.double())
-    prior = prior_of(values, groups, settings)
+    prior, visits = prior_of(values, groups, settings), None
+    if memory is not None:
+        step = memory.step + 1 if step is None else step
+        visits = memory.recall(groups.labels, step)
+        prior, memory = observe(memory, values, groups, step, settings.memory_var, prior)
 
     # Filtering deviations from the prior mean: equal rewards have advantages of exactly 0, not of rounding errors.
     init_mean = prior.init_mean[:, None]
@@ -94,7 +109,8 @@ def krpo(
     else:
         mean, var = BASELINES[settings.baseline](deviations, groups.mask, model)
     error = torch.where(var == torch.inf, 0.0, deviations - mean)
-    return Estimate(groups, prior, values, init_mean + mean, var, error / _scale(settings, values, groups, prior, var))
+    advantage = error / _scale(settings, values, groups, prior, var)
+    return Estimate(groups, prior, values, init_mean + mean, var, advantage, memory, visits)
 
 
 def _order_free(settings: KrpoConfig) -> bool:

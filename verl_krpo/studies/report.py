@@ -23,6 +23,7 @@ COLORS = {
     "krpo smoothed": "#b79bd8",
     "krpo leave_one_out": "#5aa9d6",
     "krpo_adaptive": "#1f5fa8",
+    "krpo_memory": "#0b2f5c",
 }
 
 
