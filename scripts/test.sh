@@ -10,4 +10,5 @@ python=$(bash scripts/setup.sh dev)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # Ray workers and torch threads would fight over few cores
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$python" -m basedpyright --pythonpath "$python"
 exec "$python" -m pytest "$@"

@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 Number = int | float | str  # str only for the words "batch" and "auto"
@@ -193,16 +193,16 @@ def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
     """
     if isinstance(node, cls):
         return node
-    node = node if OmegaConf.is_config(node) else OmegaConf.create(node or {})
-    return _read(cls, OmegaConf.to_yaml(node, resolve=True), at)
+    config = node if OmegaConf.is_config(node) else OmegaConf.create(dict(node or {}))
+    return _read(cls, OmegaConf.to_yaml(config, resolve=True), at)
 
 
 @functools.lru_cache(maxsize=64)  # a reading takes longer than the filter does
 def _read(cls: type[Config], text: str, at: str) -> Config:
-    node = OmegaConf.create(text)
+    node = cast(DictConfig, OmegaConf.create(text))
     node.pop("_target_", None)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node)))
     except OmegaConfBaseException as error:
         key = f"{at}.{error.full_key}" if error.full_key else at
         known = ", ".join(cls.__dataclass_fields__)

@@ -303,6 +303,8 @@ def test_bad_arguments_are_named(name):
     if name == "filtered_mean":
         with pytest.raises(ValueError, match="gain='quick'"):
             call(z, None, model, gain="quick")
+        with pytest.raises(ValueError, match=r"measurement_var is a tensor of shape \(3,\)"):
+            call(z, None, LocalLevel(1.0, torch.ones(3)))
     else:
         with pytest.raises(ValueError, match=r"must be a real \(rows, time\) tensor, got \(4,\)"):
             call(torch.zeros(4), None, model)

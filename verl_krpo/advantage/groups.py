@@ -67,9 +67,10 @@ def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) 
         raise ValueError(f"index has shape {labels.shape} for {len(counted)} rows: krpo needs one prompt id a row")
 
     rows = np.flatnonzero(counted.cpu().numpy())
-    codes, labels = pd.factorize(labels[rows])
+    codes, unique = pd.factorize(labels[rows])
     if (codes < 0).any():
         raise ValueError(f"no prompt id (None or NaN) in index at rows {rows[codes < 0][:8].tolist()}")
+    labels = np.asarray(unique, dtype=object)
     rows = rows[np.argsort(codes, kind="stable")]
     sizes = np.bincount(codes, minlength=len(labels))
     mask = np.arange(sizes.max(initial=1)) < sizes[:, None]
@@ -87,9 +88,9 @@ def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) 
 
 def _hash(labels: np.ndarray) -> np.ndarray:
     """A 64-bit hash of every label, the same in every process (Python's own hash of a string is not)."""
-    import pandas as pd
+    from pandas.util import hash_array
 
-    return pd.util.hash_array(np.asarray(labels, dtype=object), categorize=False)
+    return hash_array(labels, categorize=False)  # pyright: ignore
 
 
 def _mix(seeds: np.ndarray, numbers: np.ndarray) -> np.ndarray:

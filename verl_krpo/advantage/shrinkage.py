@@ -30,7 +30,7 @@ Where there is nothing to estimate from:
          other groups; with none, also where only m0 was asked for
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,7 +38,7 @@ from verl_krpo.advantage.groups import Groups
 from verl_krpo.config import BATCH, KrpoConfig
 from verl_krpo.kalman import Belief
 
-PUBLISHED_MEASUREMENT_VAR = KrpoConfig.measurement_var
+PUBLISHED_MEASUREMENT_VAR = 1e-2
 SHRINKAGE = 8  # rewards: without them small batches lose up to 3 % of RLOO's signal, with them less than 1 %
 
 
@@ -54,10 +54,12 @@ class Prior(NamedTuple):
 def prior_of(values: torch.Tensor, groups: Groups, settings: KrpoConfig) -> Prior:
     """The settings' numbers, with `batch` replaced by estimates. values: rewards (groups, width), float64."""
 
-    def number(value: float | torch.Tensor) -> torch.Tensor:
+    def number(value: Any) -> torch.Tensor:
         return torch.as_tensor(value, dtype=torch.float64, device=values.device).expand(len(values))
 
-    measurement_var, init_mean, init_var = settings.measurement_var, settings.init_mean, settings.init_var
+    measurement_var: Any = settings.measurement_var
+    init_mean: Any = settings.init_mean
+    init_var: Any = settings.init_var
     if BATCH not in (measurement_var, init_mean, init_var):
         return Prior(*map(number, (measurement_var, init_mean, init_var, measurement_var)))
     if not len(values):

@@ -50,13 +50,18 @@ class LocalLevel:
 
     def columns(self, rows: int, device: torch.device) -> list[torch.Tensor]:
         """Q, R, m0 and P0 as (rows,) float64 tensors. ValueError where a tensor has another number of rows."""
-        columns = []
-        for name in ("process_var", "measurement_var", "init_mean", "init_var"):
-            value = torch.as_tensor(getattr(self, name), dtype=torch.float64, device=device)
-            if value.ndim and value.shape != (rows,):
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and value.ndim and value.shape != (rows,):
                 raise ValueError(f"{name} has shape {tuple(value.shape)}: give a number or one value a row, ({rows},)")
-            columns.append(value.expand(rows))
-        return columns
+        values = vars(self).values()
+        return [torch.as_tensor(v, dtype=torch.float64, device=device).expand(rows) for v in values]
+
+    def numbers(self) -> tuple[float, ...]:
+        """Q, R, m0 and P0 as numbers. ValueError for a tensor."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: long rows share one number")
+        return tuple(map(float, vars(self).values()))
 
 
 def _require(name: str, value: Number, holds, rule: str) -> None:
@@ -70,9 +75,9 @@ def _require(name: str, value: Number, holds, rule: str) -> None:
 
 @functools.lru_cache(maxsize=16)
 def gains(model: LocalLevel, n: int) -> torch.Tensor:
-    """K_1 .. K_n by the Riccati recursion, (n,) float64; cached, so not to be written to. The model holds numbers."""
-    process_var, measurement_var, var = model.process_var, model.measurement_var, model.init_var
-    values: list[float] = []
+    """K_1 .. K_n by the Riccati recursion, (n,) float64; cached, so not to be written to."""
+    process_var, measurement_var, _, var = model.numbers()
+    values = []
     for _ in range(n):
         var += process_var
         gain = 1 / (1 + measurement_var / var) if var else 0.0  # also for var = inf
@@ -83,6 +88,5 @@ def gains(model: LocalLevel, n: int) -> torch.Tensor:
 
 def steady_gain(model: LocalLevel) -> float:
     """The gain's limit: the root in [0, 1) of K^2 + q K - q = 0, q = Q/R, which is 2 / (1 + sqrt(1 + 4/q))."""
-    if model.process_var == 0:
-        return 0.0
-    return 2 / (1 + math.sqrt(1 + 4 * model.measurement_var / model.process_var))
+    process_var, measurement_var, *_ = model.numbers()
+    return 2 / (1 + math.sqrt(1 + 4 * measurement_var / process_var)) if process_var else 0.0

@@ -2,13 +2,11 @@
 
 import torch
 
-from verl_krpo.kalman.local_level import LocalLevel
-
 
 def by_differences(
     observations: torch.Tensor, mask: torch.Tensor, *, smallest_ratio: float = 0.0, largest_ratio: float = 1.0
-) -> LocalLevel | None:
-    """One Q and one R for all rows of observations (rows, time), mask bool; None if all differences are 0.
+) -> tuple[float, float] | None:
+    """(Q, R), one of each for all rows of observations (rows, time), mask bool; None if all differences are 0.
 
         d_t = z_t - z_{t-1} = w_t + v_t - v_{t-1}        E d_t^2 = Q + 2R        E d_t d_{t+1} = -R
 
@@ -26,4 +24,4 @@ def by_differences(
     ratio = (variance + 2 * covariance) / -covariance if covariance < 0 else largest_ratio
     ratio = max(smallest_ratio, min(ratio, largest_ratio))
     measurement_var = variance / (2 + ratio)
-    return LocalLevel(ratio * measurement_var, measurement_var)
+    return ratio * measurement_var, measurement_var

@@ -9,8 +9,6 @@ pattern that is right up to t gives a state that is right up to t, hence a patte
 practice after a few rounds. Windows of time, each from the exact state, bound what an adversarial sequence can cost.
 """
 
-import itertools
-
 import torch
 
 from verl_krpo.kalman import scan
@@ -38,12 +36,13 @@ def filtered_mean(
         raise ValueError(f"innovation_clip={innovation_clip} must be > 0")
     packed, rank = pack(observations.detach(), mask)
     gains = schedule(model, gain, power_of_two(packed.shape[1]))[: packed.shape[1]].to(packed.device)
-    before = model.measurement_var * gains.roll(1)  # P_{t-1|t-1} = R K_{t-1}
+    process_var, measurement_var, init_mean, init_var = model.numbers()
+    before = measurement_var * gains.roll(1)  # P_{t-1|t-1} = R K_{t-1}
     if gain == "scheduled":
-        before[:1] = model.init_var
-    bounds = innovation_clip * (before + model.process_var + model.measurement_var).sqrt()
+        before[:1] = init_var
+    bounds = innovation_clip * (before + process_var + measurement_var).sqrt()
 
-    state = torch.full((len(packed),), model.init_mean, dtype=torch.float64, device=packed.device)
+    state = torch.full((len(packed),), init_mean, dtype=torch.float64, device=packed.device)
     means, sides = [packed[:, :0].double()], [packed[:, :0].bool()]
     width = max(1, WINDOW // max(1, len(packed)))
     for start in range(0, packed.shape[1], width):
@@ -54,7 +53,7 @@ def filtered_mean(
         sides.append(side != 0)
     saturated = unpack(torch.cat(sides, dim=1), rank, False)
     saturated = saturated if mask is None else saturated & mask.bool()
-    mean = unpack(torch.cat(means, dim=1), rank, model.init_mean)
+    mean = unpack(torch.cat(means, dim=1), rank, init_mean)
     return mean.to(torch.promote_types(observations.dtype, torch.float32)), saturated
 
 
@@ -64,15 +63,17 @@ def _window(
     """The states of one window (rows, time) and the side (-1, 0, 1) on which each innovation saturates."""
     side = torch.zeros_like(z)
     x = _linear((1 - k).expand_as(z), k * z, start)
-    for turn in itertools.count():
+    turn = 0
+    while True:
         innovation = z - torch.cat([start[:, None], x[:, :-1]], dim=1)
         new = (innovation > bound).double() - (innovation < -bound).double()
         if torch.equal(new, side):
             return x, side
         before, side = x, new
         x = _linear(torch.where(side == 0, 1 - k, 1.0), torch.where(side == 0, k * z, side * k * bound), start)
+        turn += 1
         # An innovation that lies on its bound may change sides forever, by rounding and without effect.
-        if turn >= PATIENCE and ((x - before).abs() <= ROUNDING * (x.abs() + before.abs())).all():
+        if turn > PATIENCE and ((x - before).abs() <= ROUNDING * (x.abs() + before.abs())).all():
             return x, side
 
 

@@ -11,8 +11,6 @@ from verl_krpo.kalman import scan
 from verl_krpo.kalman.filter import check_mask
 from verl_krpo.kalman.local_level import LocalLevel, gains, steady_gain
 
-GAINS = ("scheduled", "steady")
-
 
 def filtered_mean(
     observations: torch.Tensor, mask: torch.Tensor | None, model: LocalLevel, gain: str = "scheduled"
@@ -24,15 +22,16 @@ def filtered_mean(
     """
     dtype = torch.promote_types(observations.dtype, torch.float32)
     packed, rank = pack(observations, mask)
-    initial = torch.full((len(packed),), model.init_mean, dtype=torch.float64, device=packed.device)
+    *_, init_mean, _ = model.numbers()
+    initial = torch.full((len(packed),), init_mean, dtype=torch.float64, device=packed.device)
     windows = _windows(model, gain, power_of_two(packed.shape[1]), packed.device)
-    return unpack(scan.solve(windows, packed, initial, dtype), rank, model.init_mean)
+    return unpack(scan.solve(windows, packed, initial, dtype), rank, init_mean)
 
 
 def schedule(model: LocalLevel, gain: str, n: int) -> torch.Tensor:
     """The gains K_1 .. K_n in use, (n,) float64."""
-    if gain not in GAINS:
-        raise ValueError(f"gain={gain!r} must be one of {', '.join(GAINS)}")
+    if gain not in ("scheduled", "steady"):
+        raise ValueError(f"gain={gain!r} must be scheduled or steady")
     return gains(model, n) if gain == "scheduled" else torch.full((n,), steady_gain(model), dtype=torch.float64)
 
 

@@ -64,15 +64,14 @@ def kpo(
 
 def _model(z: torch.Tensor, mask: torch.Tensor, settings: KpoConfig) -> tuple[LocalLevel, float]:
     """The filter's model and the R to report."""
-    process_var, measurement_var = settings.process_var, settings.measurement_var
-    measured = measurement_var
-    if measurement_var == BATCH:
-        estimate = noise.by_differences(z, mask, smallest_ratio=process_var)
-        # No two neighbors differ, as in an on-policy update: nothing to measure, nothing to filter.
-        measured = estimate.measurement_var if estimate else 0.0
-        estimate = estimate or LocalLevel(process_var, 1.0)
-        process_var, measurement_var = estimate.process_var, estimate.measurement_var
-    return LocalLevel(process_var, measurement_var, 0.0, settings.init_var), float(measured)
+    if settings.measurement_var != BATCH:
+        measurement_var = float(settings.measurement_var)
+        return LocalLevel(settings.process_var, measurement_var, 0.0, settings.init_var), measurement_var
+    measured = noise.by_differences(z, mask, smallest_ratio=settings.process_var)
+    if measured is None:  # no two neighbors differ, as in an on-policy update: nothing to measure, nothing to filter
+        return LocalLevel(settings.process_var, 1.0, 0.0, settings.init_var), 0.0
+    process_var, measurement_var = measured
+    return LocalLevel(process_var, measurement_var, 0.0, settings.init_var), measurement_var
 
 
 def _filtered(
