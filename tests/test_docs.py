@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,28 @@ def test_the_notebook_runs():
     code = re.findall(r"```python\n(.*?)```", (DOCS / "notebook.md").read_text(), re.DOTALL)
     assert len(code) >= 5
     exec("\n".join(code), {})
+
+
+def experiments():
+    """Config of recipes/config, and overrides, of every training command of the paper index, each once."""
+    jobs = {}
+    for command in re.findall(r"`([^`]*bash recipes/run_[^`]*)`", (DOCS / "papers.md").read_text()):
+        words = shlex.split(command)
+        at = words.index("bash")
+        knobs = dict(word.split("=", 1) for word in words[:at])
+        method, task = ("kpo", "math") if "kpo" in words[at + 1] else ("krpo", knobs.get("TASK", "arithmetic"))
+        jobs[f"{method}_{task}", f"method={knobs.get('METHOD', method)}", *words[at + 2 :]] = None
+    return list(jobs)
+
+
+@pytest.mark.parametrize("job", experiments(), ids=" ".join)
+def test_the_commands_of_the_papers_compose_and_validate(compose, job):
+    from verl.trainer.ppo.utils import need_reference_policy
+    from verl.utils.config import validate_config
+
+    paths = ["data.train_files=train.parquet", "data.val_files=test.parquet", "trainer.default_local_dir=run"]
+    config = compose(*paths, *job[1:], name=job[0])
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
