@@ -113,7 +113,7 @@ def experiments():
         at = words.index("bash")
         knobs = dict(word.split("=", 1) for word in words[:at])
         method, task = ("kpo", "math") if "kpo" in words[at + 1] else ("krpo", knobs.get("TASK", "arithmetic"))
-        jobs[f"{method}_{task}", f"method={knobs.get('METHOD', method)}", *words[at + 2 :]] = None
+        jobs[(f"{method}_{task}", f"method={knobs.get('METHOD', method)}", *words[at + 2 :])] = None
     return list(jobs)
 
 
