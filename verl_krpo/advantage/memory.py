@@ -128,7 +128,7 @@ class PromptMemory:
         if memory_var == AUTO:
             ratio = (torch.from_numpy(self.evidence) + PREFERENCE).softmax(dim=0) @ RATIOS
         else:
-            ratio = min(1.0, memory_var / init_var) if init_var else 1.0
+            ratio = min(1.0, float(memory_var) / init_var) if init_var else 1.0
         return Noise(float(measurement_var), float(init_var), float(ratio))
 
     def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -220,9 +220,8 @@ def observe(
         evidence=evidence,
     )
     if learned:
-        measurement_var = torch.full_like(var, noise.measurement_var)
-        mine = (x.to(values.device) for x in (measurement_var, level + rise_by_others + deviation, var))
-        prior = Prior(*mine, prior.noise_var)
+        learned_var, mean = torch.full_like(var, noise.measurement_var), level + rise_by_others + deviation
+        prior = Prior(*(x.to(values.device) for x in (learned_var, mean, var, prior.noise_var)))
     return prior, after
 
 
