@@ -250,6 +250,65 @@ def memory(out: Out, seed: Seed = 0) -> None:
     print(memory.run(out, seed))
 
 
+@study.command()
+def gain(out: Out) -> None:
+    """The gain of KPO's filter along a response (seconds)."""
+    from verl_krpo.studies import gain
+
+    print(gain.run(out))
+
+
+@study.command()
+def training(
+    out: Out,
+    conditions: Annotated[
+        str, typer.Option(help="Names from studies/training/conditions.py.")
+    ] = "pairs,fours,fours_flip",
+    methods: Annotated[
+        str, typer.Option(help="Names from studies/training/methods.py.")
+    ] = "rloo,grpo,jspo,krpo,krpo_adaptive",
+    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 20,
+    first_seed: int = 0,
+    model: Annotated[Path, typer.Option(help="The tiny model, made there if it is not.")] = Path("runs/model/tiny"),
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+) -> None:
+    """Train the tiny model under every method, on paired seeds; what is in OUT/runs.csv is not run again."""
+    from verl_krpo.backends.tiny_model import build
+    from verl_krpo.studies.training import lab, study
+
+    chosen = range(first_seed, first_seed + seeds)
+    tasks = study.tasks(lab.CONDITIONS, conditions.split(","), lab.METHODS, methods.split(","), chosen)
+    print(study.study(out, lab.run, tasks, model, build, jobs))
+
+
+@study.command()
+def off_policy(
+    out: Out,
+    condition: Annotated[str, typer.Option(help="A name from studies/off_policy.py.")] = "calm",
+    methods: Annotated[
+        str, typer.Option(help="Names from studies/off_policy.py.")
+    ] = "reinforce,vanilla,gspo,kpo,kpo_Q0.001_clip0.02",
+    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 10,
+    first_seed: int = 0,
+    model: Annotated[Path, typer.Option(help="Warm-started models, made there if they are not.")] = Path("runs/model"),
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+) -> None:
+    """Policy losses on long answers with many updates a batch; what is in OUT/runs.csv is not run again."""
+    from verl_krpo.studies import off_policy
+    from verl_krpo.studies.training import study
+
+    tasks = study.tasks(
+        off_policy.CONDITIONS,
+        [condition],
+        off_policy.METHODS,
+        methods.split(","),
+        range(first_seed, first_seed + seeds),
+    )
+    length = off_policy.CONDITIONS[condition].length
+    folder = model / f"digits_{length}"
+    print(study.study(out, off_policy.run, tasks, folder, lambda path: off_policy.build(path, length), jobs))
+
+
 def main() -> None:
     """The entry point: what the user got wrong is one line, anything else keeps its traceback."""
     try:

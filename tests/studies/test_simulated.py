@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from verl_krpo.config import ADAPTIVE
-from verl_krpo.studies import adaptive, estimator, permutation, report, sensitivity, simulate
+from verl_krpo.studies import adaptive, estimator, gain, permutation, report, sensitivity, simulate
 
 
 @pytest.mark.parametrize("law", simulate.LAWS)
@@ -118,6 +118,14 @@ def test_the_adaptive_figure_is_drawn(tmp_path):
                 rows.append(row)
     adaptive.draw(rows, tmp_path / "adaptive.png")
     assert (tmp_path / "adaptive.png").stat().st_size > 10_000
+
+
+def test_the_gain_of_a_long_response(tmp_path):
+    text = gain.run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"kpo_gain.png", "kpo_gain.svg"}
+    published = next(line for line in text.splitlines() if "published: " in line).split("|")
+    # K_1 = Q / (Q + R), and at last the steady gain.
+    assert published[2].split()[0] == "1.0e-06" and published[-2].split()[0] == "1.0e-03"
 
 
 def test_tables_are_markdown():

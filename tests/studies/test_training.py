@@ -1,0 +1,184 @@
+"""The training laboratory in small: what is sampled and computed, methods by hand, runs that are paired and resumed."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from verl_krpo.backends import tiny_model
+from verl_krpo.studies.training import conditions, lab, report, study
+from verl_krpo.studies.training.conditions import NOISES, Condition
+from verl_krpo.studies.training.methods import METHODS, Batch
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model that knows the form of an answer and few sums."""
+    path = tmp_path_factory.mktemp("lab") / "tiny"
+    tokenizer = tiny_model.tokenizer()
+    model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=0)
+    tiny_model.warm_start(model, tokenizer, steps=100, seed=0, batch_size=16, say=lambda line: None)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def condition(monkeypatch):
+    """Adds a condition for the length of a test."""
+    return lambda name, **fields: monkeypatch.setitem(conditions.CONDITIONS, name, Condition(name, **fields))
+
+
+def test_log_probs_are_those_of_whole_sequences(model):
+    first = lab.start(model)
+    prompts = first.encode(lab.sums(random.Random(1), 3))
+    generator = torch.Generator().manual_seed(0)
+    responses, mask = lab.sample(first.model, prompts, 2, first.tokenizer.eos_token_id, 0, generator)
+    owner = torch.tensor([0, 0, 1, 1, 2, 2])
+    with torch.no_grad():
+        found = lab.log_probs(first.model, prompts, responses, owner)
+        whole = first.model(torch.cat([prompts[owner], responses], 1)).logits.log_softmax(-1)
+    expected = whole[:, prompts.shape[1] - 1 : -1].gather(-1, responses[..., None])[..., 0]
+    torch.testing.assert_close(found[mask], expected[mask], rtol=1e-4, atol=1e-4)
+    for row, seen in zip(responses.tolist(), mask.sum(1).tolist(), strict=True):
+        assert first.tokenizer.eos_token_id not in row[: seen - 1]
+        assert seen == mask.shape[1] or row[seen - 1] == first.tokenizer.eos_token_id
+
+
+def test_tokens_are_sampled_from_the_model(model):
+    first = lab.start(model)
+    prompts, count = first.encode(lab.sums(random.Random(2), 1)), 1000
+    generator = torch.Generator().manual_seed(0)
+    responses, _ = lab.sample(first.model, prompts, count, first.tokenizer.eos_token_id, 0, generator)
+    with torch.no_grad():
+        probability = first.model(prompts).logits[0, -1].softmax(-1)
+    share = torch.bincount(responses[:, 0], minlength=len(probability)) / count
+    assert ((share - probability).abs() <= 5 * (probability * (1 - probability) / count).sqrt() + 1e-3).all()
+
+
+def test_accuracy_is_what_sampling_finds(model):
+    first = lab.start(model)
+    problems = lab.sums(random.Random(0), lab.HELD_OUT, held_out=True)
+    generator = torch.Generator().manual_seed(0)
+    responses, _ = lab.sample(first.model, first.encode(problems), 8, first.tokenizer.eos_token_id, 0, generator)
+    right = (lab.scores(first.tokenizer, responses, problems, 8) == 1).double()
+    expected = lab.accuracy(first.model, first.held_out)
+    assert abs(right.mean().item() - expected) < 5 * (expected / right.numel()) ** 0.5 + 0.002
+
+
+def test_noise_is_what_it_is_called():
+    rewards = torch.tensor([[0.0, 1.0]]).repeat(20_000, 1).double()
+    for name, level, mean, std in (
+        ("none", 0.0, rewards[0], (0.0, 0.0)),
+        ("flip", 0.2, torch.tensor([0.2, 0.8]), (0.4, 0.4)),
+        ("gaussian", 0.5, torch.tensor([0.0, 1.0]), (0.5, 0.5)),
+    ):
+        noisy = NOISES[name](level, rewards.shape, torch.Generator().manual_seed(0))(rewards)
+        torch.testing.assert_close(noisy.mean(0), mean.double(), rtol=0, atol=0.02)
+        torch.testing.assert_close(noisy.std(0), torch.tensor(std).double(), rtol=0, atol=0.02)
+    graded = NOISES["judge"](1.0, rewards.shape, torch.Generator().manual_seed(0))(rewards)
+    assert 0 < graded.min() and graded.max() < 1 and graded[:, 1].mean() > graded[:, 0].mean() + 0.5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_finite_and_favors_the_better_answer(name):
+    rewards = torch.from_numpy(np.random.default_rng(0).choice([0.0, 0.01, 0.5, 1.0], (8, 4)))
+    lengths = torch.from_numpy(np.random.default_rng(1).integers(3, 9, (8, 4)))
+    advantage = METHODS[name]()(Batch(rewards, lengths, [str(k) for k in range(8)], 0))
+    assert advantage.shape == rewards.shape and advantage.isfinite().all()
+    assert (advantage * (rewards - rewards.mean(1, keepdim=True))).sum() > 0
+
+
+def test_prompts_recur_from_a_pool_and_are_otherwise_new():
+    pooled = dataclasses.replace(conditions.CONDITIONS["recurring"], prompts=4, pool=8)
+    steps = [next_ for next_, _ in zip(lab.visits(pooled, 3), range(4), strict=False)]
+    first, second = ({p.question for step in half for p in step} for half in (steps[:2], steps[2:]))
+    assert first == second and len(first) <= 8
+    fresh = lab.visits(conditions.CONDITIONS["pairs"], 3)
+    assert next(fresh) != next(fresh)
+
+
+def test_runs_of_a_seed_are_paired_and_repeatable(model, condition):
+    condition("short", prompts=6, size=2, steps=2, every=1, learning_rate=1e-3)
+    condition("frozen", prompts=6, size=2, steps=2, every=1, learning_rate=0.0)
+    rloo, again, other = (lab.run(model, "short", method, 5) for method in ("rloo", "rloo", "krpo"))
+    assert rloo["curve"] == again["curve"] != other["curve"]
+    assert rloo["curve"].split()[0] == other["curve"].split()[0]
+    frozen = [lab.run(model, "frozen", method, 5) for method in ("rloo", "krpo")]
+    assert frozen[0]["reward"] == frozen[1]["reward"]  # the same answers were sampled
+
+
+def test_training_follows_the_advantage(model, condition, monkeypatch):
+    lengths = []
+
+    def shorter(batch):
+        lengths.append(float(batch.lengths.double().mean()))
+        return batch.lengths.double().mean() - batch.lengths
+
+    monkeypatch.setitem(METHODS, "shorter", lambda: shorter)
+    condition("few", prompts=8, size=4, steps=12, every=12, learning_rate=1e-3)
+    lab.run(model, "few", "shorter", 1)
+    assert sum(lengths[-3:]) < 0.8 * sum(lengths[:3])
+
+
+def test_a_penalty_holds_the_model_back(model, condition):
+    curves = []
+    for kl in (0.0, 10.0):
+        condition("held", prompts=8, size=4, steps=6, every=6, learning_rate=1e-3, kl=kl)
+        before, after = map(float, lab.run(model, "held", "rloo", 1)["curve"].split())
+        curves.append(abs(after - before))
+    assert curves[1] < curves[0]
+
+
+def test_a_study_resumes_and_reports(tmp_path, monkeypatch):
+    """With runs that are made up and in this process."""
+    ran = []
+
+    def invented(tasks_run, tasks, model, path, jobs):
+        for condition, method, seed in tasks:
+            ran.append((method, seed))
+            row = {"condition": condition, "method": method, "seed": seed, "rollouts": 64}
+            study.append(path, row | {"curve": f"0.1 0.2 0.{3 + seed}", "advantage_std": 1.0})
+            yield row | {"curve": ""}
+
+    monkeypatch.setattr(study, "execute", invented)
+    for seeds in (range(2), range(3)):
+        wanted = study.tasks(conditions.CONDITIONS, ["pairs"], METHODS, ["rloo", "grpo"], seeds)
+        text = study.study(tmp_path, lab.run, wanted, tmp_path, lambda path: None, 1)
+    assert ran == [(method, seed) for seed in range(3) for method in ("rloo", "grpo")]
+    assert len(text.splitlines()) == 4 and "| pairs" in text and "grpo" in text
+    assert {path.name for path in tmp_path.iterdir()} >= {"runs.csv", "summary.csv", "curves.png", "differences.svg"}
+    with pytest.raises(ValueError, match="no method dapo"):
+        study.tasks(conditions.CONDITIONS, ["pairs"], METHODS, ["dapo"], range(1))
+
+
+def test_a_run_that_fails_in_its_process_is_seen(model, tmp_path):
+    with pytest.raises(KeyError, match="nothing"):
+        list(study.execute(lab.run, [study.Task("nothing", "rloo", 0)], model, tmp_path / "runs.csv", 1))
+
+
+def curve_rows(method, curves):
+    line = {"condition": "pairs", "method": method, "rollouts": "64", "advantage_std": "2"}
+    return [line | {"seed": str(k), "curve": " ".join(map(str, curve))} for k, curve in enumerate(curves)]
+
+
+def test_the_summary_by_hand():
+    rloo = curve_rows("rloo", [[0.0, 0.2, 0.4, 0.6, 0.8], [0.0, 0.2, 0.4, 0.6, 0.8]])
+    quick = curve_rows("jspo", [[0.0, 0.4, 0.8, 0.9, 0.9], [0.0, 0.4, 0.8, 0.9, 1.0]])
+    slow = curve_rows("krpo", [[0.0, 0.1, 0.2, 0.3, 0.4]] * 2)
+    by_method = {line["method"]: line for line in report.summary(rloo + quick + slow)}
+    # RLOO is at .6 after 3 of 4 looks; the quick one passes it halfway between the first and the second.
+    assert by_method["rloo"]["rollouts"] == 1 and by_method["rloo"]["difference"] == 0
+    assert by_method["jspo"]["rollouts"] == pytest.approx(1.5 / 3)
+    assert by_method["jspo"]["difference"] == pytest.approx(0.15) and by_method["jspo"]["wins"] == 1
+    assert by_method["jspo"]["difference_half"] == pytest.approx(12.7062 * 0.05, rel=1e-4)  # t, one degree of freedom
+    assert np.isnan(report.rollouts(np.ones((2, 5)), np.ones((2, 5))))
+    assert by_method["krpo"]["rollouts"] == float("inf") and "never" in report.as_table([by_method["krpo"]])
+    with pytest.raises(ValueError, match="twice"):
+        report.summary(rloo + rloo)
+    with pytest.raises(ValueError, match="several models"):
+        report.summary(rloo + curve_rows("grpo", [[0.1, 0.2, 0.3, 0.4, 0.5]]))
+    with pytest.raises(ValueError, match="none of rloo"):
+        report.summary(slow)

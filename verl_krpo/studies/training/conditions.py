@@ -1,0 +1,69 @@
+"""What a run is. Every condition takes 64 rollouts a step, but for those whose prompts recur (32)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """prompts x size rollouts a step; pool: how many prompts recur (0: always new ones); kl: weight of k3."""
+
+    name: str
+    prompts: int
+    size: int
+    noise: str = "none"
+    level: float = 0.0
+    pool: int = 0
+    kl: float = 0.0
+    learning_rate: float = 1e-4
+    steps: int = 60
+    every: int = 5  # steps from one look at the accuracy to the next
+
+
+def _flip(level: float, shape: tuple[int, int], generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A reward r becomes 1 - r with probability `level`."""
+    flipped = torch.rand(shape, generator=generator) < level
+    return lambda rewards: torch.where(flipped, 1 - rewards, rewards)
+
+
+def _gaussian(level: float, shape: tuple[int, int], generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """r + N(0, level^2)."""
+    noise = level * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return lambda rewards: rewards + noise
+
+
+def _judge(level: float, shape: tuple[int, int], generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """A judge's grade in (0, 1): the logistic function of 4 r - 2 + N(0, level^2)."""
+    noise = level * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return lambda rewards: torch.sigmoid(4 * rewards - 2 + noise)
+
+
+NOISES = {
+    "none": lambda level, shape, generator: lambda rewards: rewards,
+    "flip": _flip,
+    "gaussian": _gaussian,
+    "judge": _judge,
+}
+
+CONDITIONS = {
+    condition.name: condition
+    for condition in (
+        Condition("pairs", 32, 2),
+        Condition("fours", 16, 4),
+        Condition("fours_flip", 16, 4, noise="flip", level=0.2),
+        Condition("eights", 8, 8),
+        Condition("sixteens", 4, 16),
+        Condition("fours_gaussian", 16, 4, noise="gaussian", level=0.5),
+        Condition("fours_judge", 16, 4, noise="judge", level=1.5),
+        Condition("fours_kl_0.01", 16, 4, kl=0.01),
+        Condition("fours_kl_0.05", 16, 4, kl=0.05),
+        Condition("recurring", 16, 2, pool=64, steps=80),
+        Condition("recurring_flip", 16, 2, pool=64, steps=80, noise="flip", level=0.2),
+        Condition("recurring_single", 32, 1, pool=64, steps=80),
+        # The learning rate for every method apart, on other seeds (--first-seed 100).
+        *(Condition(f"pairs_lr_{rate:g}", 32, 2, learning_rate=rate) for rate in (5e-5, 1e-4, 2e-4, 4e-4)),
+    )
+}

@@ -1,0 +1,188 @@
+"""What many runs say, a condition at a time: every method against RLOO, or the batch's mean where groups are of one.
+
+accuracy    interquartile mean over the seeds of the accuracy at the end, 95 % interval by the bootstrap
+difference  mean over the seeds of the paired difference at the end, 95 % interval by Student's t
+wins        share of the seeds in which the method ends higher
+rollouts    until the mean curve reaches the level that the reference has after three quarters of its rollouts, over
+            the reference's own; 95 % interval by the bootstrap over seeds, paired; inf: not reached in the run
+var_A       mean over the seeds of the advantages' variance, over the reference's
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from verl_krpo.runs import figure
+from verl_krpo.studies import report
+
+REFERENCES = ("rloo", "batch_mean", "reinforce")
+LEVEL_AFTER = 0.75  # of the reference's rollouts
+RESAMPLES = 2000
+
+
+def by_condition(rows: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
+    """condition -> method -> seed -> line of the CSV, its curve as an array."""
+    runs: dict = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        line = row | {"curve": np.array(row["curve"].split(), dtype=float)}
+        seeds = runs[row["condition"]][row["method"]]
+        if int(row["seed"]) in seeds:
+            raise ValueError(f"{row['condition']}, {row['method']}, seed {row['seed']} is in the CSV twice")
+        seeds[int(row["seed"])] = line
+    for condition, methods in runs.items():
+        starts = {line["curve"][0] for seeds in methods.values() for line in seeds.values()}
+        if len(starts) > 1:
+            raise ValueError(
+                f"{condition}: runs of several models, which begin at {', '.join(map(str, sorted(starts)))}"
+            )
+    return runs
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """One line a condition and method; over the seeds that the method shares with its reference."""
+    lines = []
+    for condition, methods in by_condition(rows).items():
+        reference = next((name for name in REFERENCES if name in methods), None)
+        if reference is None:
+            raise ValueError(f"{condition}: none of {', '.join(REFERENCES)} to compare with")
+        for method, runs in methods.items():
+            seeds = sorted(runs.keys() & methods[reference].keys())
+            own, other = ([of[seed] for seed in seeds] for of in (runs, methods[reference]))
+            if seeds:
+                lines.append({"condition": condition, "method": method, "seeds": len(seeds)} | compare(own, other))
+    return lines
+
+
+def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
+    """The measures above, of paired runs."""
+    curves, others = (np.stack([run["curve"] for run in runs]) for runs in (own, other))
+    difference = curves[:, -1] - others[:, -1]
+    accuracy, low, high = bootstrapped(interquartile_mean, curves)
+    ratio, ratio_low, ratio_high = bootstrapped(rollouts, curves, others)
+    variance, variance_of_other = (np.mean([float(run["advantage_std"]) ** 2 for run in runs]) for runs in (own, other))
+    return {
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "difference": float(difference.mean()),
+        "difference_half": half_width(difference),
+        "wins": float((difference > 0).mean()),
+        "rollouts": ratio,
+        "rollouts_low": ratio_low,
+        "rollouts_high": ratio_high,
+        "var_A": float(variance / variance_of_other),
+    }
+
+
+def interquartile_mean(curves: np.ndarray) -> np.ndarray:
+    """Of the last accuracies of curves (..., seeds, times)."""
+    return stats.trim_mean(curves[..., -1], 0.25, axis=-1)
+
+
+def half_width(values: np.ndarray) -> float:
+    """Of the 95 % interval of the mean; NaN of one value, 0 of equal ones."""
+    if len(values) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def rollouts(curves: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Where the mean of curves (..., seeds, times) first reaches the level, over where the mean of the others does.
+
+    inf where it never does; NaN where the others begin above the level, that is where they have learned nothing.
+    """
+    own, other = curves.mean(-2), others.mean(-2)
+    before = int(LEVEL_AFTER * (other.shape[-1] - 1))
+    part = LEVEL_AFTER * (other.shape[-1] - 1) - before
+    level = (1 - part) * other[..., before] + part * other[..., min(before + 1, other.shape[-1] - 1)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return first_at(own, level) / first_at(other, level)
+
+
+def first_at(curve: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """The time, interpolated, at which curves (..., times) first reach a level (...); inf if they never do."""
+    reached = curve >= level[..., None]
+    k = reached.argmax(-1)
+    value, previous = (np.take_along_axis(curve, at[..., None], -1)[..., 0] for at in (k, np.maximum(k - 1, 0)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = np.where(k > 0, k - 1 + (level - previous) / (value - previous), 0.0)
+    return np.where(reached.any(-1), between, np.inf)
+
+
+def bootstrapped(statistic, *paired: np.ndarray) -> tuple[float, float, float]:
+    """Of a statistic of arrays (..., seeds, times): its value, and the 95 % interval over the seeds (percentiles)."""
+    count = len(paired[0])
+    chosen = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    # Percentiles that are observed, as some may be inf.
+    low, high = np.percentile(statistic(*(array[chosen] for array in paired)), [2.5, 97.5], method="nearest")
+    return float(statistic(*paired)), float(low), float(high)
+
+
+def as_table(lines: list[dict]) -> str:
+    cells = [
+        [
+            line["condition"],
+            line["method"],
+            str(line["seeds"]),
+            f"{line['accuracy']:.3f} ({line['accuracy_low']:.3f}-{line['accuracy_high']:.3f})",
+            f"{line['difference']:+.3f} ± {line['difference_half']:.3f}",
+            f"{line['wins']:.0%}",
+            f"{_ratio(line['rollouts'])} ({_ratio(line['rollouts_low'])}-{_ratio(line['rollouts_high'])})",
+            f"{line['var_A']:.2f}",
+        ]
+        for line in lines
+    ]
+    header = ["condition", "method", "seeds", "accuracy", "difference", "wins", "rollouts", "var A"]
+    return report.table(header, cells)
+
+
+def _ratio(value: float) -> str:
+    return "never" if np.isinf(value) else f"{value:.2f}"
+
+
+def draw_curves(rows: list[dict], path: Path) -> None:
+    """A panel a condition: held-out accuracy over rollouts, mean over the seeds and its 95 % interval."""
+    runs = by_condition(rows)
+    drawn, panels = figure.axes(*_grid(len(runs)), 11, 3.2 * _grid(len(runs))[0] + 0.5)
+    for panel in panels.flat[len(runs) :]:
+        panel.remove()
+    colors = figure.colors(sorted({row["method"] for row in rows}))
+    for panel, (condition, methods) in zip(panels.flat, runs.items(), strict=False):
+        for method in sorted(methods):
+            seeds = list(methods[method].values())
+            curves = np.stack([run["curve"] for run in seeds])
+            mean, half = curves.mean(0), [half_width(values) for values in curves.T]
+            at = np.arange(curves.shape[1]) * int(seeds[0]["rollouts"])
+            figure.band(panel, at, mean, mean - half, mean + half, colors[method], label=method)
+        panel.set_title(f"{condition} ({len(seeds)} seeds)")
+        panel.set_xlabel("rollouts")
+        panel.legend()
+    panels[0, 0].set_ylabel("held-out accuracy")
+    figure.save(drawn, path)
+
+
+def draw_differences(lines: list[dict], path: Path) -> None:
+    """A forest plot a condition: the paired difference of every method and its 95 % interval."""
+    conditions = list(dict.fromkeys(line["condition"] for line in lines))
+    drawn, panels = figure.axes(*_grid(len(conditions)), 11, 2.6 * _grid(len(conditions))[0], sharex=True)
+    for panel in panels.flat[len(conditions) :]:
+        panel.remove()
+    colors = figure.colors(sorted({line["method"] for line in lines}))
+    for panel, condition in zip(panels.flat, conditions, strict=False):
+        shown = [line for line in lines if line["condition"] == condition and line["method"] not in REFERENCES]
+        shown.sort(key=lambda line: line["difference"])
+        for k, line in enumerate(shown):
+            at, half = line["difference"], line["difference_half"]
+            panel.errorbar(at, k, xerr=half, fmt="o", ms=4, color=colors[line["method"]])
+        panel.set_yticks(range(len(shown)), [line["method"] for line in shown])
+        panel.axvline(0, color="0.3", linewidth=0.8, linestyle="--")
+        panel.set_title(condition)
+        panel.set_xlabel("accuracy less RLOO's, paired")
+    figure.save(drawn, path)
+
+
+def _grid(panels: int) -> tuple[int, int]:
+    columns = min(3, panels)
+    return -(-panels // columns), columns
