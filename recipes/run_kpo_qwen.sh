@@ -5,7 +5,7 @@
 #   METHOD=gspo SEED=2 bash recipes/run_kpo_qwen.sh              the same job under another method
 #   DRY_RUN=1 bash recipes/run_kpo_qwen.sh                       compose and validate, start nothing (no GPU needed)
 #
-# Needs GPUs and an environment with verl and vLLM: pip install "verl-krpo[gpu]". Given again after a crash, the same
+# Needs GPUs and an environment with verl, vLLM and flash-attn (docs/recipes.md). Given again after a crash, the same
 # command resumes at the last checkpoint. Afterwards: bash recipes/eval_math.sh RUN_DIR/global_step_N
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -6,7 +6,7 @@
 #   TASK=openmath TOPIC=probability bash recipes/run_krpo_qwen.sh
 #   DRY_RUN=1 bash recipes/run_krpo_qwen.sh                      compose and validate, start nothing (no GPU needed)
 #
-# Needs GPUs and an environment with verl and vLLM: pip install "verl-krpo[gpu]". Given again after a crash, the same
+# Needs GPUs and an environment with verl, vLLM and flash-attn (docs/recipes.md). Given again after a crash, the same
 # command resumes at the last checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
