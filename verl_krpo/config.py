@@ -93,13 +93,14 @@ class KrpoConfig:
 
     Attributes:
         process_var: Q >= 0, variance of the drift between two members of a group, in squared reward units
-        measurement_var: R > 0, variance of a reward around the state, or `batch`: estimated from the batch
-        init_mean: prior mean of the state in reward units, or `batch`
-        init_var: prior variance of the state >= 0, or `batch`
-        epsilon: >= 0, added to the standard deviation that divides
-        order: in which order the members of a group are filtered
-        baseline: which estimate of the state is subtracted from the reward; `jspo`, which is no filter, reads neither
-            the model nor the order
+        measurement_var: R > 0, variance of a reward around the state, or `batch`: estimated from the other groups
+        init_mean: m0, prior mean of the state in reward units, or `batch`
+        init_var: P0 >= 0, prior variance of the state, or `batch`
+        epsilon: added to the standard deviation that divides, >= 0
+        order: in which order the members of a group are filtered; `arrival` is in verl shortest first, `shuffled` a
+            permutation by the prompt's id
+        baseline: which estimate of the state is subtracted from the reward; jspo (arXiv 2511.03710), which is no
+            filter, reads neither the model nor the order and goes with scale `none` or `group_std`
         scale: what the difference is divided by
         memory: `prompt` keeps a state a prompt over training time (advantage/memory.py)
         memory_var: Q >= 0 of such a state, variance of its drift in a step, or `auto`: learned
@@ -151,12 +152,12 @@ class KpoConfig:
     Attributes:
         process_var: Q >= 0, variance of the log-ratio's drift from token to token; with measurement_var=batch the
             smallest Q/R
-        measurement_var: R > 0, variance of a token's log-ratio around the state, or `batch`: estimated from the batch
+        measurement_var: R > 0, variance of a token's log-ratio around the state, or `batch`: measured by micro-batch
         init_var: P0 >= 0, prior variance of the state before the first token
         clip: clip the filtered ratio to [1 - clip_ratio_low, 1 + clip_ratio_high] as PPO does
         gain: `scheduled`: the exact gains K_1, K_2, ...; `steady`: their limit at every token
         innovation_clip: kappa > 0: saturate innovations at kappa predicted standard deviations; null: do not
-        ratio_log_max: > 0, upper bound of the log-ratio before it is exponentiated
+        ratio_log_max: upper bound of the log-ratio before it is exponentiated, > 0
     """
 
     process_var: float = 1e-6

@@ -97,10 +97,15 @@ def _diagnostics(
 ) -> dict[str, float]:
     """What verl logs under `actor/`; means are over observed tokens, `raw` is before the filter.
 
-    pg_clipfrac: tokens that are clipped; ppo_kl: mean of -z; kpo_ratio_std_*, kpo_ratio_max_raw: of the ratios;
-    kpo_logratio_abs_mean_*: of |z| and |x|; kpo_gain_last: mean over the rows of the gain at their last token;
-    kpo_innovation_clipfrac: tokens whose innovation saturates; kpo_switch_*: pairs of neighbors of which one is clipped
-    and the other is not; kpo_measurement_var: R in use.
+    pg_clipfrac, pg_clipfrac_lower   share of tokens that are clipped; 0, since there is no dual clip
+    ppo_kl   mean of -z, the old log-prob less the new one
+    kpo_ratio_std_raw, kpo_ratio_std_filtered   standard deviation of the ratios; filtered is far smaller
+    kpo_ratio_max_raw   the largest ratio
+    kpo_logratio_abs_mean_raw, kpo_logratio_abs_mean_filtered   mean of |z| and |x|; compare x with the clip range
+    kpo_gain_last   mean over the rows of the gain at their last token; below 1e-4 the filter hardly moves
+    kpo_measurement_var   R in use; with `batch` the estimate, 0 where there was nothing to measure
+    kpo_innovation_clipfrac   share of tokens whose innovation saturates
+    kpo_switch_raw, kpo_switch_filtered   share of neighboring tokens of which one is clipped and the other is not
     """
     count, pairs = mask.sum(dim=1), mask[:, 1:] & mask[:, :-1]
     tokens, rows = count.sum().clamp(min=1), (count > 0).sum().clamp(min=1)
