@@ -193,4 +193,6 @@ def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
         text = page.read_text()
         assert not re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="https?://', text), page
         assert "arithmatex" not in text and "merror" not in text, page
+        prose = re.sub(r"<(script|style|code|pre)\b.*?</\1>", "", text, flags=re.DOTALL)
+        assert not re.findall(r".{30}(?:\w_\{|\\[a-z]+).{30}", prose), f"{page}: a formula that is not rendered"
     assert (tmp_path / "site" / "index.html").read_text().count("<math") >= 6
