@@ -1,4 +1,4 @@
-"""The table of docs/compatibility.md from what scripts/test_compat.sh found: FOLDER/VERSION.xml and VERSION.json.
+"""The table of docs/compatibility.md from what scripts/test_compat.sh found: FOLDER/VERSION.xml, .json and .names.
 
 python scripts/compat_table.py FOLDER PAGE
 """
@@ -20,6 +20,7 @@ COLUMNS = {
         "test_a_typo_is_refused_before_ray",
     ],
 }
+NAMES = {"0": "all there", "2": "of krpo and kpo", "1": "**no**"}  # the exit status of check_verl_api.py
 BEGIN, END = "<!-- written by scripts/test_compat.sh -->", "<!-- end -->"
 
 
@@ -30,7 +31,8 @@ def row(folder: Path, version: str) -> str:
     entry = next(f["status"] for f in report["findings"] if f["check"] == "entry point")
     loaded = "entry point" if Version(version) >= Version("0.9.0") and entry == "ok" else "`VERL_USE_EXTERNAL_MODULES`"
     doctor = "in force" if report["exit_status"] == 0 else f"exit status {report['exit_status']}"
-    return f"| {version} | {loaded} | {' | '.join(marks)} | {doctor} |"
+    names = NAMES[(folder / f"{version}.names").read_text().strip()]
+    return f"| {version} | {loaded} | {names} | {' | '.join(marks)} | {doctor} |"
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
     versions = sorted((path.stem for path in folder.glob("*.xml")), key=Version, reverse=True)
     found = {f["check"]: f["text"] for f in json.loads((folder / f"{versions[0]}.json").read_text())["findings"]}
     tested = ", ".join(f"{name} {found[name].split(' ')[0]}" for name in ("python", "torch", "ray", "transformers"))
-    head = ["verl", "loaded by", *COLUMNS, "`verl-krpo doctor`"]
+    head = ["verl", "loaded by", "names it rests on", *COLUMNS, "`verl-krpo doctor`"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     lines += [row(folder, version) for version in versions] + ["", f"With {tested}, without a GPU."]
     before, rest = page.read_text().split(BEGIN)

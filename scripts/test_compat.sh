@@ -5,7 +5,8 @@
 #
 # Each version gets an environment of its own, .venv-compat-VERSION, that is removed at the end. It has that verl and
 # this package as a wheel; torch, ray, transformers and the rest come from the development environment, read through a
-# .pth file, so that a version costs seconds and not gigabytes.
+# .pth file, so that a version costs seconds and not gigabytes. What we rest on is looked up in its source as well, and
+# in the newest verl of the index (check_verl_api.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,6 +38,8 @@ from verl_krpo.versions import WITH_PLUGINS, installed
 print("" if Version(installed("verl")) >= Version(WITH_PLUGINS) else "verl_krpo.plugin")
 PY
     )
+    "$python" scripts/check_verl_api.py "$site" && names=0 || names=$?
+    echo "$names" > "$work/$version.names"
     echo "[compat] verl $version${modules:+, VERL_USE_EXTERNAL_MODULES=$modules}"
     # From another folder: the checkout must not be imported in place of the wheel.
     root=$PWD
@@ -44,6 +47,6 @@ PY
         -c "$root/pyproject.toml" --rootdir="$root" -p no:cacheprovider -W ignore --quiet --junitxml="$work/$version.xml") || true
     (cd "$work" && VERL_USE_EXTERNAL_MODULES=$modules "$root/$env/bin/python" -m verl_krpo doctor --no-ray --json \
         > "$work/$version.json") || true
-
 done
+"$python" scripts/check_verl_api.py newest || true   # of what is not in the list, the names alone
 "$python" scripts/compat_table.py "$work" docs/compatibility.md
