@@ -100,6 +100,13 @@ def test_a_typo_on_the_command_line_is_refused(compose, recipe):
         compose(*PATHS, "method=krpo", "algorithm.krpo.proces_var=1e-5", name=recipe)
 
 
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "arithmetic_cpu"])
+def test_vllm_gets_room_for_a_prompt_and_its_response_and_no_more(compose, recipe):
+    config = compose(*PATHS, name=recipe)
+    length = config.data.max_prompt_length + config.data.max_response_length
+    assert config.actor_rollout_ref.rollout.max_model_len == length
+
+
 def documented() -> list[tuple[str, str, str]]:
     """(recipe, key, value) of the table of values in docs/recipes.md."""
     lines = (ROOT / "docs/recipes.md").read_text().splitlines()

