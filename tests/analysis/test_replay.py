@@ -129,9 +129,12 @@ def test_the_advantages_are_those_of_verls_registry(folder, method):
         tokens = torch.zeros(len(rewards), 5)
         tokens[:, -1] = rewards
         kwargs = dict(token_level_rewards=tokens, response_mask=torch.ones(len(rewards), 5), index=step.prompts)
-        if method.startswith("krpo"):
-            kwargs["config"] = {"krpo": adaptive} if method == "krpo_adaptive" else {}
-        expected, _ = get_adv_estimator_fn(method.removesuffix("_adaptive"))(**kwargs)
+        name, settings = {
+            "krpo": ("krpo", {}),
+            "krpo_adaptive": ("krpo", {"krpo": adaptive}),
+            "jspo": ("krpo", {"krpo": {"baseline": "jspo", "scale": "none"}}),
+        }.get(method, (method, None))
+        expected, _ = get_adv_estimator_fn(name)(**kwargs, **({} if settings is None else {"config": settings}))
         found = advantages(method, rewards, step.prompts, KrpoConfig())
         torch.testing.assert_close(found.float(), expected[:, 0], rtol=2e-6, atol=1e-6)
         assert row[method]["std"] == pytest.approx(expected[:, 0].std(correction=0).item(), rel=1e-5)
@@ -158,7 +161,16 @@ def test_order_matters_for_the_published_form_alone(folder):
     run = replay(folder)
     share = {m: math.sqrt(t.order / t.rows) / t.std() for m, t in run.totals.items()}
     assert 0.2 < share["krpo"] < 0.8
-    assert max(share["grpo"], share["rloo"], share["krpo_adaptive"]) < 1e-12
+    assert share["grpo"] == share["rloo"] == share["jspo"] == share["krpo_adaptive"] == 0
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo", "jspo", "krpo_adaptive"])
+def test_the_others_do_not_know_the_order(folder, method):
+    (step, *_), _ = read_all(folder)
+    rewards, order = torch.from_numpy(step.rewards), np.random.default_rng(1).permutation(len(step.rewards))
+    one = advantages(method, rewards, step.prompts, KrpoConfig())
+    other = advantages(method, rewards[order], step.prompts[order], KrpoConfig())
+    torch.testing.assert_close(one[order], other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])
@@ -179,15 +191,6 @@ def test_groups_of_one_and_of_unequal_sizes_are_verls(method):
     torch.testing.assert_close(found, expected[:, 0], rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
-def test_verls_own_do_not_know_the_order(folder, method):
-    (step, *_), _ = read_all(folder)
-    rewards, order = torch.from_numpy(step.rewards), np.random.default_rng(1).permutation(len(step.rewards))
-    one = advantages(method, rewards, step.prompts, KrpoConfig())
-    other = advantages(method, rewards[order], step.prompts[order], KrpoConfig())
-    torch.testing.assert_close(one[order], other, rtol=0, atol=1e-6)
-
-
 def test_groups_of_equal_rewards(tmp_path):
     rows = [rollout(1, f"p{g}", k, float(g % 2)) for g in range(4) for k in range(4)]
     rows += [rollout(1, "single", 0, 1.0)] + [rollout(1, "mixed", k, float(k)) for k in range(2)]
@@ -199,20 +202,48 @@ def test_groups_of_equal_rewards(tmp_path):
 
 def test_variance_ratios_are_the_analytic_ones_for_a_common_distribution(tmp_path):
     """The posterior mean with Q = 0 is k times the sum of the rewards, k = P0 / (R + n P0)."""
-    rng = np.random.default_rng(0)
-    members = 8
-    rewards = rng.normal(0.0, 1.0, (400, members))
-    rewards -= rewards.mean(axis=1, keepdims=True)  # every prompt's mean is 0, the mean of the prior below
-    rewards /= rewards.std(axis=1, keepdims=True)
-    rows = [rollout(1, f"p{g}", k, float(rewards[g, k])) for g in range(400) for k in range(members)]
+    n, k = 8, 0.1 / (1 + 8 * 0.1)
+    rewards = np.random.default_rng(0).normal(0.0, 1.0, (1000, n))  # every prompt's mean is 0, that of the prior below
+    rows = [rollout(1, f"p{g}", member, float(rewards[g, member])) for g in range(1000) for member in range(n)]
     settings = settings_from(["process_var=0", "measurement_var=1", "init_var=0.1", "baseline=posterior", "scale=none"])
     run = replay(write_steps(tmp_path, rows), settings)
-    assert run.variance("rloo") == 1
-    n, k = members, 0.1 / (1 + members * 0.1)
+    assert run.variance("rloo") == 1 and run.interval("krpo") is None  # one step
     ours = 1 + (n - 1) * k**2 / (1 - k) ** 2  # E[A^2] / E[A r]^2 of A_i = (1 - k) r_i - k (the others)
     rloo = 1 + 1 / (n - 1)
-    assert run.variance("krpo") == pytest.approx(ours / rloo, abs=0.02)
+    assert run.variance("krpo") == pytest.approx(ours / rloo, abs=0.01)
     assert ours / rloo < 0.9
+
+
+@pytest.mark.parametrize(
+    "law, members, adaptive",
+    [
+        ("uniform", 4, 0.906),
+        ("Beta(1,8)", 8, 0.936),
+        ("mixture", 4, None),
+    ],
+)
+def test_variances_are_within_a_percent_of_the_truth(law, members, adaptive):
+    """Known laws: E[A^2] / E[A (r - theta)]^2 with the true theta; `adaptive`: E(r - b)^2 over RLOO's of a long study."""
+    from verl_krpo.studies.simulate import LAWS
+
+    rng, run = np.random.default_rng(5), replaying.Replay("simulated", KrpoConfig(), rollouts.Reading())
+    truth = dict.fromkeys(METHODS, np.zeros(2))
+    prompts = np.repeat([f"p{g}" for g in range(64)], members).astype(object)
+    for number in range(120):
+        rewards, theta, _ = LAWS[law](rng, 64, members)
+        rewards, theta = rewards[0].ravel(), theta.ravel()
+        replaying.add(run, rollouts.Step(number, rewards, prompts), rng)
+        for method in METHODS:
+            a = advantages(method, torch.from_numpy(rewards), prompts, run.settings).numpy()
+            truth[method] = truth[method] + [np.mean(a**2), np.mean(a * (rewards - theta))]
+    noise_per_signal = {method: 120 * square / signal**2 for method, (square, signal) in truth.items()}
+    for method in METHODS:
+        true = noise_per_signal[method] / noise_per_signal["rloo"]
+        assert (method, run.variance(method)) == (method, pytest.approx(true, rel=0.01))
+        low, high = run.interval(method)
+        assert low <= run.variance(method) <= high
+    if adaptive:
+        assert run.variance("krpo_adaptive") == pytest.approx(adaptive, rel=0.01)
 
 
 def test_fit_recovers_the_model_that_made_the_rewards():
@@ -248,8 +279,31 @@ def test_the_sample_is_uniform_over_the_stream(monkeypatch):
             rollouts.Step(number, np.full(20, float(number)), np.array([f"p{g}" for g in range(20)], dtype=object))
         )
     matrix, mask = sample.matrix()
-    assert matrix.shape == (50, 1) and mask.all() and sample.seen == 2000
+    assert matrix.shape == (50, 1) and mask.all() and sample.offered == 2000
     assert 30 < matrix.mean().item() < 70
+
+
+def test_the_verdict_names_the_rewards_the_methods_and_the_key(tmp_path):
+    few, many = write_steps(tmp_path / "few", bernoulli()), write_steps(tmp_path / "many", bernoulli(40, 64, 4))
+    first, variances, few_steps, _ = replay_report.verdict(replay(few))
+    assert re.fullmatch(r"groups of 6, rewards 0/1, \d+\.\d % of the groups without signal\.", first)
+    assert few_steps == "From 4 steps: too few for intervals." and "krpo (published) 1." in variances
+    _, variances, advice = replay_report.verdict(replay(many))
+    assert advice == "To use krpo_adaptive, add: +algorithm=krpo_adaptive"
+    assert re.search(r"krpo_adaptive 0\.9\d \[0\.\d\d, 0\.\d\d\]", variances)
+    assert variances.endswith("]: do not use.")
+
+
+def test_every_key_of_a_verdict_composes(compose):
+    from verl_krpo.plugin.estimator import settings_of
+
+    for method, key in replay_report.KEYS.items():
+        algorithm = compose(*key.split()).algorithm
+        if method in ("grpo", "rloo"):
+            assert algorithm.adv_estimator == method
+        else:
+            expected = {"krpo": KrpoConfig(), "jspo": replaying.JSPO, "krpo_adaptive": ADAPTIVE}[method]
+            assert (algorithm.adv_estimator, settings_of(algorithm)) == ("krpo", expected)
 
 
 def test_the_terminal_report_fits_80_columns(folder, tmp_path):
@@ -266,7 +320,7 @@ def test_the_page_loads_nothing(folder):
     runs = [replay(folder), replay(folder, settings_from(["process_var=1e-3"]))]
     page = replay_report.page(runs)
     assert "http" not in page and "<script" not in page and "<link" not in page
-    assert page.count("data:image/svg+xml;base64,") == 2 * len(replay_report.FIGURES)
+    assert page.count("data:image/svg+xml;base64,") == 2 * 5
     assert 'name="viewport"' in page and "process_var=0.001" in page
 
 

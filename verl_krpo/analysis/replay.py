@@ -1,18 +1,26 @@
 """`verl-krpo replay`: the advantages that each estimator would give to rollouts a verl job has written.
 
-The rewards of every step go through krpo itself (the published settings, or those given), krpo_adaptive, and verl's
-formulas of grpo and rloo. Per step and over all:
+The rewards of every step go through krpo itself (the published settings, or those given), krpo_adaptive, jspo, and
+verl's formulas of grpo and rloo. Per step and over all:
 
     std, max       of the advantages A
     order          root mean square over the responses of the standard deviation of A under random orders of a step's
                    rows, over std(A): how much of A is the order of arrival
     first, last    mean |A| of the first and of the last member of a group
     no signal      groups whose rewards are all equal, and the mean |A| that they get nevertheless
-    variance       noise per signal, rloo = 1: rewards drawn anew from each prompt's own (a bootstrap) of mean m,
-                   E[A^2] / E[A (r - m)]^2. It is the variance of the policy gradient at equal expected length, if
-                   the score function is independent of the reward's deviation
+    variance       noise per signal, rloo = 1: E[A^2] / E[A (r - m)]^2, m the mean reward of the prompt. It is the
+                   variance of the policy gradient at equal expected length, if the score function is independent of
+                   the reward's deviation; of two baselines b that leave the own reward out, the ratio of E(r - b)^2
     nis            mean of (r_i - x_{i|i-1})^2 / (P_{i|i-1} + R): 1 where Q, R and the prior fit
     fitted         Q, R, m0, P0 of maximum likelihood, members in the order in which krpo filters them
+
+No reward is drawn anew. E[A^2] and E[A r] are means of what is there. m is not known, but E[A m] = E[A E(m | rewards)],
+and for A linear in the rewards the best linear estimate serves in the place of the conditional mean, whatever the law:
+
+    m_g = w mean_g + (1 - w) mean of the step's other groups,    w = P0 / (P0 + R / n)
+
+with R and P0, the variance within and between prompts, by moments over all steps. Where the advantages of a group add
+up to zero (grpo, rloo) m drops out.
 
 Memory does not grow with the files: a step is held at a time, sums over steps, and a sample of groups for the fit.
 """
@@ -29,12 +37,14 @@ from verl_krpo.advantage.groups import Groups, group
 from verl_krpo.advantage.krpo import krpo
 from verl_krpo.advantage.shrinkage import prior_of
 from verl_krpo.analysis import rollouts
-from verl_krpo.config import ADAPTIVE, KRPO_AT, KrpoConfig, Order, read
+from verl_krpo.config import ADAPTIVE, KRPO_AT, Baseline, KrpoConfig, Order, Scale, read
 from verl_krpo.kalman import LocalLevel, innovations, log_likelihood
 from verl_krpo.plugin import metrics
 
-METHODS = ("grpo", "rloo", "krpo", "krpo_adaptive")
+JSPO = KrpoConfig(baseline=Baseline.jspo, scale=Scale.none)
+METHODS = ("grpo", "rloo", "krpo", "jspo", "krpo_adaptive")
 ORDERS = 8  # random orders of a step's rows
+RESAMPLES = 1000  # of steps, for intervals
 KEPT_GROUPS = 2000  # sample for the fit
 GRPO_EPSILON = 1e-6  # verl's
 PLACES = 64  # places in a group whose mean |A| is kept
@@ -52,18 +62,31 @@ class Totals:
     order: float = 0.0
     equal: float = 0.0
     equal_rows: int = 0
-    signal: float = 0.0
-    noise: float = 0.0
-    drawn: int = 0
     by_place: np.ndarray = field(default_factory=lambda: np.zeros(PLACES))
     ends: np.ndarray = field(default_factory=lambda: np.zeros(2))
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(EDGES) - 1, dtype=np.int64))
+    products: list[np.ndarray] = field(
+        default_factory=list
+    )  # per step (sizes, 4): A^2, A r, A mean_g, A mean of others
 
     def std(self) -> float:
         return math.sqrt(max(0.0, self.squares / self.rows - (self.total / self.rows) ** 2)) if self.rows else math.nan
 
-    def noise_per_signal(self) -> float:
-        return self.noise * self.drawn / self.signal**2 if self.signal else math.nan
+    def add(self, a: torch.Tensor, groups: Groups, equal: torch.Tensor, order: float) -> None:
+        """a (rows,), groups in the method's order, equal (rows,): no signal there, order: variance of A by order."""
+        size, sizes = groups.gather(a.abs()), groups.sizes
+        self.rows += len(a)
+        self.total += a.sum().item()
+        self.squares += a.square().sum().item()
+        self.largest = max(self.largest, a.abs().max().item())
+        self.order += order * len(a)
+        self.equal += a[equal].abs().sum().item()
+        self.equal_rows += int(equal.sum())
+        self.by_place += np.bincount(_places(groups), weights=size[groups.mask].numpy(), minlength=PLACES)
+        last = size.gather(1, (sizes - 1)[:, None])[:, 0]
+        self.ends += [size[sizes > 1, 0].sum().item(), last[sizes > 1].sum().item()]
+        if (spread := a.std(correction=0).item()) > 0:
+            self.histogram += np.histogram((a / spread).numpy(), bins=EDGES)[0]
 
 
 @dataclass
@@ -86,25 +109,57 @@ class Replay:
     reading: rollouts.Reading
     per_step: list[dict] = field(default_factory=list)
     totals: dict[str, Totals] = field(default_factory=lambda: {method: Totals() for method in METHODS})
+    sizes: list[np.ndarray] = field(default_factory=list)  # per step, the group sizes in it
+    moments: list[np.ndarray] = field(default_factory=list)  # per step: squares and degrees within, then between
     groups: int = 0
     singletons: int = 0
     equal_groups: int = 0
     multiple_groups: int = 0
     groups_at: np.ndarray = field(default_factory=lambda: np.zeros(PLACES, dtype=np.int64))
     rewards: list = field(default_factory=lambda: [0, 0.0, 0.0])  # count, sum, sum of squares
+    binary: bool = True  # every reward is 0 or 1
     nis: list = field(default_factory=lambda: [0.0, 0])
     fit: Fit | None = None
 
     def variance(self, method: str) -> float:
-        """Noise per signal, as a multiple of rloo's."""
-        return self.totals[method].noise_per_signal() / self.totals["rloo"].noise_per_signal()
+        """Noise per signal, as a multiple of rloo's; NaN where no group has a spread."""
+        return self._variances(method, np.ones((1, len(self.sizes))))[0]
+
+    def interval(self, method: str) -> tuple[float, float] | None:
+        """95 % of `variance`, by resampling the steps; None with fewer than ten."""
+        steps = len(self.sizes)
+        if steps < 10:
+            return None
+        drawn = np.random.default_rng(0).multinomial(steps, np.full(steps, 1 / steps), RESAMPLES)
+        low, high = np.percentile(self._variances(method, drawn), [2.5, 97.5])
+        return float(low), float(high)
+
+    def _variances(self, method: str, weights: np.ndarray) -> np.ndarray:
+        """`variance` under every row of weights (resamples, steps)."""
+        within, degrees, between, groups, between_degrees = np.sum(self.moments, axis=0)
+        if within == 0:
+            return np.full(len(weights), math.nan)
+        noise_var = within / degrees
+        rows = np.array([row["rows"] for row in self.per_step])
+        prior_var = max(0.0, (between - groups * noise_var) / between_degrees) if between_degrees else math.inf
+
+        def noise_per_signal(method: str) -> np.ndarray:
+            sums = []
+            for n, products in zip(self.sizes, self.totals[method].products, strict=True):
+                square, reward, mean, others = products.T
+                w = 1.0 if prior_var == math.inf else prior_var / (prior_var + noise_var / n)
+                sums.append((square.sum(), (reward - w * mean - (1 - w) * others).sum()))
+            square, signal = (weights @ np.array(sums)).T
+            return square * (weights @ rows) / signal**2
+
+        return noise_per_signal(method) / noise_per_signal("rloo")
 
 
 def advantages(method: str, rewards: torch.Tensor, prompts: np.ndarray, settings: KrpoConfig) -> torch.Tensor:
     """Advantages (rows,) of rewards (rows,) by one of METHODS."""
     if method in ("grpo", "rloo"):
         return _by_group_mean(method, rewards, group(prompts, torch.ones(len(rewards), dtype=torch.bool)))
-    return krpo(rewards, prompts, ADAPTIVE if method == "krpo_adaptive" else settings).advantages()
+    return krpo(rewards, prompts, {"krpo_adaptive": ADAPTIVE, "jspo": JSPO}.get(method, settings)).advantages()
 
 
 def _by_group_mean(method: str, rewards: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -112,14 +167,13 @@ def _by_group_mean(method: str, rewards: torch.Tensor, groups: Groups) -> torch.
     values, sizes = groups.gather(rewards), groups.sizes[:, None]
     deviation = torch.where(groups.mask, values - values[:, :1], 0.0)  # from one of them: equal rewards give exactly 0
     deviation = torch.where(groups.mask, deviation - deviation.sum(dim=1, keepdim=True) / sizes, 0.0)
-    several = sizes > 1
     if method == "rloo":
-        found = deviation * sizes / (sizes - 1).clamp(min=1)
+        advantage = deviation * sizes / (sizes - 1).clamp(min=1)
     else:
         std = (deviation.square().sum(dim=1, keepdim=True) / (sizes - 1).clamp(min=1)).sqrt()
-        found = deviation / (std + GRPO_EPSILON)
+        advantage = deviation / (std + GRPO_EPSILON)
         values = values / (1 + GRPO_EPSILON)
-    return groups.scatter(torch.where(several, found, values))
+    return groups.scatter(torch.where(sizes > 1, advantage, values))
 
 
 def replay(
@@ -133,7 +187,7 @@ def replay(
     rng = np.random.default_rng(0)
     with torch.no_grad():
         for step in rollouts.steps(where, reading, advance):
-            _add(result, step, rng)
+            add(result, step, rng)
             sample.add(step)
         if not result.per_step:
             named = "".join(f"\n  {example}" for example in reading.examples)
@@ -142,106 +196,86 @@ def replay(
     return result
 
 
-def _add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
+def add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
+    """One step under every method."""
     rewards = torch.from_numpy(step.rewards)
     arrived = group(step.prompts, torch.ones(len(rewards), dtype=torch.bool))
-    values = arrived.gather(rewards)
-    equal = _equal(values, arrived)
-    drawn = _redrawn(values, arrived, rng)
-    deviation = arrived.scatter(drawn - _mean(values, arrived)[:, None])
-    redrawn = arrived.scatter(drawn)
+    estimate = krpo(rewards, step.prompts, result.settings)
+    equal = _add_groups(result, rewards, arrived)
+    nis = metrics.scalars(estimate, result.settings.process_var).get("krpo/nis", math.nan)
+    if not math.isnan(nis):
+        result.nis[0] += nis * len(rewards)
+        result.nis[1] += len(rewards)
+    row = {"step": step.number, "reward": rewards.mean().item(), "rows": len(rewards), "nis": nis}
+    row["no_signal"] = equal.double().mean().item()
+
     orders = [rng.permutation(len(rewards)) for _ in range(ORDERS)]
-    sizes = arrived.sizes
+    of_rows = arrived.scatter(equal[:, None].expand_as(arrived.mask))
+    products = _products(rewards, arrived, result)
+    for method in METHODS:
+        a = advantages(method, rewards, step.prompts, result.settings)
+        order = 0.0
+        if method == "krpo":  # the others' formulas know no order
+            order = _order_variance(method, rewards, step.prompts, result.settings, orders)
+        result.totals[method].add(a, estimate.groups if method == "krpo" else arrived, of_rows, order)
+        result.totals[method].products.append(products(a))
+        spread = a.std(correction=0).item()
+        row[method] = {"std": spread, "order": math.sqrt(order) / spread if spread else 0.0}
+    result.per_step.append(row)
+
+
+def _add_groups(result: Replay, rewards: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Count the step's groups; (groups,): more than one member and all of one reward."""
+    values, sizes = groups.gather(rewards), groups.sizes
+    equal = ((values == values[:, :1]) | ~groups.mask).all(dim=1) & (sizes > 1)
     result.groups += len(sizes)
     result.singletons += int((sizes == 1).sum())
     result.equal_groups += int(equal.sum())
     result.multiple_groups += int((sizes > 1).sum())
-    result.groups_at += np.bincount(np.minimum(_places(arrived), PLACES - 1), minlength=PLACES)
+    result.groups_at += np.bincount(_places(groups), minlength=PLACES)
+    result.binary &= bool(((rewards == 0) | (rewards == 1)).all())
     result.rewards[0] += len(rewards)
     result.rewards[1] += rewards.sum().item()
     result.rewards[2] += rewards.square().sum().item()
+    return equal
 
-    row = {"step": step.number, "reward": rewards.mean().item(), "rows": len(rewards), "groups": len(sizes)}
-    row["no_signal"] = equal.double().mean().item()
-    found = krpo(rewards, step.prompts, result.settings)
-    nis = metrics.scalars(found, result.settings.process_var).get("krpo/nis")
-    if nis is not None:
-        result.nis[0] += nis * len(rewards)
-        result.nis[1] += len(rewards)
-    row["nis"] = nis if nis is not None else math.nan
 
-    for method in METHODS:
-        totals = result.totals[method]
-        a = advantages(method, rewards, step.prompts, result.settings)
-        spread = a.std(correction=0).item()
-        totals.rows += len(a)
-        totals.total += a.sum().item()
-        totals.squares += a.square().sum().item()
-        totals.largest = max(totals.largest, a.abs().max().item())
-        if spread > 0:
-            totals.histogram += np.histogram((a / spread).numpy(), bins=EDGES)[0]
-        first, last = _ends(a, found.groups if method == "krpo" else arrived, totals)
-        matrix = arrived.gather(a.abs())[equal]
-        totals.equal += matrix.sum().item()
-        totals.equal_rows += int(sizes[equal].sum())
-        order = 0.0
-        if method not in ("grpo", "rloo"):  # their formulas know no order
-            order = _order_variance(method, rewards, step.prompts, result.settings, orders)
-            totals.order += order * len(a)
-        again = advantages(method, redrawn, step.prompts, result.settings)
-        totals.noise += again.square().sum().item()
-        totals.signal += (again * deviation).sum().item()
-        totals.drawn += len(a)
-        row[method] = {
-            "std": spread,
-            "largest": a.abs().max().item(),
-            "order": math.sqrt(order) / spread if spread else 0.0,
-            "first": first,
-            "last": last,
-        }
-    result.per_step.append(row)
+def _products(rewards: torch.Tensor, groups: Groups, result: Replay) -> Callable[[torch.Tensor], np.ndarray]:
+    """Keep the step's moments; the function that sums A^2, A r, A mean_g, A mean of the other groups by group size."""
+    values, sizes = groups.gather(rewards), groups.sizes.double()
+    means = values.sum(dim=1) / sizes
+    count = sizes.sum()
+    within = ((values - means[:, None]) * groups.mask).square().sum()
+    between = (sizes * (means - rewards.mean()).square()).sum()
+    degrees = count - sizes.square().sum() / count
+    result.moments.append(np.array([within, count - len(sizes), between, len(sizes) - 1, degrees], dtype=np.float64))
+    others = torch.where(count > sizes, (count * rewards.mean() - sizes * means) / (count - sizes).clamp(min=1), means)
+
+    def rows(value: torch.Tensor) -> np.ndarray:
+        return groups.scatter(value[:, None].expand_as(groups.mask)).numpy()
+
+    present, at = np.unique(rows(sizes), return_inverse=True)
+    result.sizes.append(present)
+    factors = rewards.numpy(), rows(means), rows(others)
+
+    def sums(a: torch.Tensor) -> np.ndarray:
+        a = a.numpy()
+        return np.stack([np.bincount(at, weights=a * factor) for factor in (a, *factors)], axis=1)
+
+    return sums
 
 
 def _order_variance(method: str, rewards: torch.Tensor, prompts: np.ndarray, settings: KrpoConfig, orders) -> float:
     """Mean over the rows of the variance of A under the given orders of the rows."""
-    seen = torch.empty(len(orders), len(rewards), dtype=torch.float64)
+    drawn = torch.empty(len(orders), len(rewards), dtype=torch.float64)
     for i, order in enumerate(orders):
-        seen[i, order] = advantages(method, rewards[order], prompts[order], settings)
-    return seen.var(dim=0, correction=1).mean().item()
-
-
-def _ends(a: torch.Tensor, groups: Groups, totals: Totals) -> tuple[float, float]:
-    matrix = groups.gather(a.abs())
-    several = groups.sizes > 1
-    totals.by_place += np.bincount(
-        np.minimum(_places(groups), PLACES - 1), weights=a.abs()[groups.rows].numpy(), minlength=PLACES
-    )
-    if not several.any():
-        return math.nan, math.nan
-    last = matrix.gather(1, (groups.sizes - 1)[:, None])[several]
-    first = matrix[several, 0]
-    totals.ends += [first.sum().item(), last.sum().item()]
-    return first.mean().item(), last.mean().item()
+        drawn[i, order] = advantages(method, rewards[order], prompts[order], settings)
+    return drawn.var(dim=0, correction=1).mean().item()
 
 
 def _places(groups: Groups) -> np.ndarray:
-    return groups.mask.nonzero()[:, 1].numpy()
-
-
-def _equal(values: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """(groups,): more than one member and all of one reward."""
-    same = (values == values[:, :1]) | ~groups.mask
-    return same.all(dim=1) & (groups.sizes > 1)
-
-
-def _mean(values: torch.Tensor, groups: Groups) -> torch.Tensor:
-    return values.sum(dim=1) / groups.sizes  # zero where there is no member
-
-
-def _redrawn(values: torch.Tensor, groups: Groups, rng: np.random.Generator) -> torch.Tensor:
-    """Each member's reward drawn anew, with replacement, from its group's."""
-    uniform = torch.from_numpy(rng.random(tuple(values.shape)))
-    return values.gather(1, (uniform * groups.sizes[:, None]).long())
+    """Place in its group of every member, the last counted ones together."""
+    return np.minimum(groups.mask.nonzero()[:, 1].numpy(), PLACES - 1)
 
 
 class _Sample:
@@ -249,17 +283,17 @@ class _Sample:
 
     def __init__(self) -> None:
         self.kept: list[np.ndarray] = []
-        self.seen = 0
+        self.offered = 0
         self.rng = np.random.default_rng(0)
 
     def add(self, step: rollouts.Step) -> None:
         rewards = torch.from_numpy(step.rewards)
         groups = group(step.prompts, torch.ones(len(rewards), dtype=torch.bool), Order.shuffled)
         for values, size in zip(groups.gather(rewards).numpy(), groups.sizes.tolist(), strict=True):
-            self.seen += 1
+            self.offered += 1
             if len(self.kept) < KEPT_GROUPS:
                 self.kept.append(values[:size].copy())
-            elif (at := self.rng.integers(self.seen)) < KEPT_GROUPS:
+            elif (at := self.rng.integers(self.offered)) < KEPT_GROUPS:
                 self.kept[at] = values[:size].copy()
 
     def matrix(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,6 @@
-"""What `verl-krpo replay` shows: a table in the terminal and one HTML file that needs nothing else."""
+"""What `verl-krpo replay` shows: a verdict and a table in the terminal, and one HTML file that needs nothing else."""
 
 import base64
-import html
 import io
 import math
 from collections.abc import Sequence
@@ -12,9 +11,7 @@ import numpy as np
 from verl_krpo import __version__
 from verl_krpo.analysis.replay import EDGES, METHODS, ORDERS, PLACES, Replay
 from verl_krpo.config import KrpoConfig
-from verl_krpo.runs import figure as look
-
-COLOURS = [look.color(method) for method in METHODS]
+from verl_krpo.runs import figure
 
 COLUMNS = ("std", "max", "order", "first", "last", "no signal", "variance")
 EXPLAINED = {
@@ -24,9 +21,43 @@ EXPLAINED = {
     "first": "mean size of the advantage of the first member of a group",
     "last": "the same of the last member; equal to the first's where the place does not matter",
     "no signal": "mean size of the advantage in groups whose rewards are all equal",
-    "variance": "variance of the policy gradient at equal expected length, rloo = 1, from rewards drawn anew from each "
-    "prompt's own; below 1 is better",
+    "variance": "variance of the policy gradient at equal expected length, rloo = 1; below 1 is better",
 }
+# What selects each method in a verl job.
+KEYS = {
+    "grpo": "algorithm.adv_estimator=grpo",
+    "rloo": "algorithm.adv_estimator=rloo",
+    "krpo": "algorithm.adv_estimator=krpo",
+    "jspo": "+algorithm=krpo algorithm.krpo.baseline=jspo algorithm.krpo.scale=none",
+    "krpo_adaptive": "+algorithm=krpo_adaptive",
+}
+TOO_MUCH = 1.05  # variance over rloo's from which a method is advised against
+
+
+def verdict(run: Replay) -> list[str]:
+    """The rewards in a line, how the methods compare, and the key to add."""
+    sizes = np.unique(np.concatenate(run.sizes)).astype(int)
+    groups = f"groups of {sizes[0]}" if len(sizes) == 1 else f"groups of {sizes[0]} to {sizes[-1]}"
+    signal = f"{_percent(run.equal_groups, run.groups)} of the groups without signal"
+    lines = [f"{groups}, rewards {'0/1' if run.binary else 'of several values'}, {signal}."]
+    variances = {method: run.variance(method) for method in METHODS if method != "rloo"}
+    if math.isnan(variances["grpo"]):
+        return [*lines, "No group has a spread: nothing can be learned from these rewards under any method."]
+    settings = "published" if run.settings == KrpoConfig() else "your settings"
+    compared = []
+    for method, value in sorted(variances.items(), key=lambda item: item[1]):
+        name = f"krpo ({settings})" if method == "krpo" else method
+        interval = run.interval(method)
+        text = f"{name} {value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+        compared.append(text + (": do not use" if value > TOO_MUCH else ""))
+    lines.append(f"Variance of the gradient, rloo = 1: {', '.join(compared)}.")
+    if len(run.sizes) < 10:
+        lines.append(f"From {len(run.sizes)} step{'s' * (len(run.sizes) > 1)}: too few for intervals.")
+    best = min(variances, key=variances.__getitem__)
+    interval = run.interval(best)
+    if interval and interval[1] >= 1 or variances[best] > 0.99:
+        return [*lines, f"Nothing is clearly better than rloo here: {KEYS['rloo']}"]
+    return [*lines, f"To use {best}, add: {KEYS[best]}"]
 
 
 def cells(run: Replay, method: str) -> list[str]:
@@ -96,11 +127,14 @@ def show(runs: Sequence[Replay], console=None) -> None:
     console = console or Console(highlight=False)
     for run in runs:
         console.print(Text(f"\n{run.name}", style="bold"))
+        for line in verdict(run):
+            console.print(Text(line))
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for what, value in facts(run):
             table.add_row(Text(what), Text(value))
+        console.print()
         console.print(table)
         console.print()
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -113,166 +147,75 @@ def show(runs: Sequence[Replay], console=None) -> None:
         console.print(Text("first, last, no signal: mean size of A there; variance: rloo = 1", style="dim"))
 
 
-def page(runs: Sequence[Replay]) -> str:
-    """The report as one HTML page: text, tables and figures, no script, nothing loaded."""
-    parts = [_section(run) for run in runs]
-    if len(runs) > 1:
-        parts.insert(0, _overview(runs))
-    glossary = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in EXPLAINED.items())
-    return PAGE.format(body="\n".join(parts), glossary=glossary, version=__version__)
-
-
-def _section(run: Replay) -> str:
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts(run))
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in ("method", *COLUMNS))
-    body = "".join(
-        f"<tr><th>{m}</th>{''.join(f'<td>{html.escape(c)}</td>' for c in cells(run, m))}</tr>" for m in METHODS
-    )
-    figures = "".join(_picture(draw, title, run) for draw, title in FIGURES)
-    return (
-        f"<h2>{html.escape(run.name)}</h2><div class=scroll><table>{rows}</table></div>"
-        "<h3>Four estimators on these rewards</h3><div class=scroll><table class=numbers>"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{figures}"
-    )
-
-
-def _overview(runs: Sequence[Replay]) -> str:
-    head = "".join(f"<th>{m}</th>" for m in METHODS)
-    rows = "".join(
-        f"<tr><th>{html.escape(run.name)}</th>{''.join(f'<td>{number(run.variance(m))}</td>' for m in METHODS)}</tr>"
-        for run in runs
-    )
-    return (
-        "<h2>Variance of the gradient, rloo = 1</h2><div class=scroll><table class=numbers><thead><tr><th>run</th>"
-        f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
-def _picture(draw, title: str, run: Replay) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    with rc_context({"svg.hashsalt": title, "font.size": 10}):
-        draw(figure, run)
-        for axes in figure.axes:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if draw in LOGARITHMIC and any(h > 0 for h in _heights(axes)):
-                axes.set_yscale("log")
-            axes.spines[["top", "right"]].set_visible(False)
-        data = io.BytesIO()
-        figure.savefig(data, format="svg", metadata={"Date": None})
-    source = base64.b64encode(data.getvalue()).decode()
-    return (
-        f'<figure><img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{source}">'
-        f"<figcaption>{html.escape(title)}</figcaption></figure>"
-    )
-
-
-def _heights(axes) -> list[float]:
-    lines = [height for line in axes.lines for height in line.get_ydata()]
-    return lines + [y for area in axes.collections for path in area.get_paths() for _, y in path.vertices]
-
-
-def _places(figure, run: Replay) -> None:
-    axes = figure.add_subplot()
-    count = min(int(np.flatnonzero(run.groups_at)[-1]) + 1, PLACES)
-    for method, colour in zip(METHODS, COLOURS, strict=False):
-        size = run.totals[method].by_place[:count] / run.groups_at[:count]
-        axes.plot(np.arange(1, count + 1), size, marker="o", markersize=3, color=colour, label=method)
-    axes.set(xlabel="place in the group", ylabel="mean |A|")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _distribution(figure, run: Replay) -> None:
-    middle = (EDGES[1:-2] + EDGES[2:-1]) / 2
-    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
-    for axes, method, colour in zip(panels, METHODS, COLOURS, strict=False):
-        counts = run.totals[method].histogram
-        axes.fill_between(middle, counts[1:-1] / max(1, counts.sum()), step="mid", color=colour, linewidth=0)
-        axes.set_title(method, loc="left", fontsize=9)
-        axes.set(xlim=(-6, 6))
-    figure.supxlabel("A / std(A) of its step", fontsize=10)
-    figure.supylabel("share of the responses", fontsize=10)
-
-
-def _steps(figure, run: Replay) -> None:
-    axes = figure.add_subplot()
-    at = [row["step"] for row in run.per_step]
-    for key, label, colour in (("reward", "mean reward", 0), ("no_signal", "groups without signal", 1)):
-        marker = "o" if len(at) == 1 else None
-        axes.plot(at, [row[key] for row in run.per_step], color=COLOURS[colour], label=label, marker=marker)
-    axes.set(xlabel="training step", ylim=(min(0, *axes.get_ylim()), max(1, axes.get_ylim()[1])))
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _std(figure, run: Replay) -> None:
-    axes = figure.add_subplot()
-    at = [row["step"] for row in run.per_step]
-    for method, colour in zip(METHODS, COLOURS, strict=False):
-        marker = "o" if len(at) == 1 else None
-        axes.plot(at, [row[method]["std"] for row in run.per_step], color=colour, label=method, marker=marker)
-    axes.set(xlabel="training step", ylabel="std(A)")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _order(figure, run: Replay) -> None:
-    axes = figure.add_subplot()
-    at = [row["step"] for row in run.per_step]
-    for method, colour in zip(METHODS, COLOURS, strict=False):
-        marker = "o" if len(at) == 1 else None
-        axes.plot(at, [row[method]["order"] for row in run.per_step], color=colour, label=method, marker=marker)
-    axes.set(xlabel="training step", ylabel="order / std(A)", ylim=(-0.02, None))
-    axes.legend(frameon=False, fontsize=8)
-
-
-FIGURES = (
-    (_places, "Mean size of the advantage by place in the group: flat where order does not matter"),
-    (_distribution, "Distribution of the advantages, each in its step's standard deviations"),
-    (_steps, "Mean reward, and the share of groups whose rewards are all equal"),
-    (_std, "Standard deviation of the advantages"),
-    (_order, "How much of an advantage is the order of the rows"),
-)
-
-LOGARITHMIC = (_places, _distribution, _std)
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>verl-krpo replay</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #222; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.2rem; margin-top: 2rem; overflow-wrap: anywhere; }}
-h3 {{ font-size: 1rem; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top; }}
-thead th {{ border-bottom: 1px solid #999; vertical-align: bottom; }}
-.numbers td, .numbers thead th + th {{ text-align: right; }}
-tbody th {{ font-weight: 500; white-space: nowrap; }}
-figure {{ margin: 1rem 0; }} img {{ width: 100%; max-width: 40rem; height: auto; }}
-figcaption, dd, footer {{ color: #555; font-size: .9rem; }}
-dd {{ margin: 0 0 .5rem 1rem; }}
-</style>
-</head>
-<body>
-<h1>Rollouts replayed under four estimators</h1>
-{body}
-<h2>What the columns mean</h2>
-<dl>{glossary}</dl>
-<footer>verl-krpo {version}. Scores are the rewards before any KL
-penalty.</footer>
-</body>
-</html>
-"""
-
-
 def write(runs: Sequence[Replay], path: str | Path) -> Path:
     """Write `page` to `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(runs), encoding="utf-8")
     return path
+
+
+def page(runs: Sequence[Replay]) -> str:
+    """The report as one HTML page: text, tables and figures, no script, nothing loaded."""
+    from jinja2 import Environment, PackageLoader
+
+    page = Environment(loader=PackageLoader("verl_krpo", "analysis"), autoescape=True).get_template("replay.html.j2")
+    shown = {"methods": METHODS, "columns": COLUMNS, "explained": EXPLAINED, "version": __version__}
+    return page.render(runs=runs, cells=cells, facts=facts, number=number, pictures=pictures, verdict=verdict, **shown)
+
+
+def pictures(run: Replay) -> list[tuple[str, str]]:
+    """(title, SVG as base64) of every figure."""
+    at = [row["step"] for row in run.per_step]
+    per_step = {key: {m: [row[m][key] for row in run.per_step] for m in METHODS} for key in ("std", "order")}
+    reward = {"mean reward": "reward", "groups without signal": "no_signal"}
+    reward = {label: [row[key] for row in run.per_step] for label, key in reward.items()}
+    places = np.arange(1, 1 + min(int(np.flatnonzero(run.groups_at)[-1]) + 1, PLACES))
+    by_place = {m: run.totals[m].by_place[: len(places)] / run.groups_at[: len(places)] for m in METHODS}
+    return [
+        _lines("Mean size of the advantage by place in the group: flat where order does not matter",
+               places, by_place, "place in the group", "mean |A|", log=True),
+        _distribution("Distribution of the advantages, each in its step's standard deviations", run),
+        _lines("Mean reward, and the share of groups whose rewards are all equal", at, reward, "training step"),
+        _lines("Standard deviation of the advantages", at, per_step["std"], "training step", "std(A)", log=True),
+        _lines("How much of an advantage is the order of the rows",
+               at, per_step["order"], "training step", "order / std(A)"),
+    ]  # fmt: skip
+
+
+def _lines(title: str, x, series: dict, xlabel: str, ylabel: str = "", log: bool = False) -> tuple[str, str]:
+    drawn, ((axis,),) = figure.axes(1, 1, 6, 3.4)
+    colors = figure.colors(list(series))
+    for name, values in series.items():
+        axis.plot(x, values, color=colors[name], label=name, marker="o" if len(x) < 10 else None, markersize=3)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if log and any(np.max(values) > 0 for values in series.values()):
+        axis.set_yscale("log")
+    elif not log:
+        axis.set_ylim(min(0, axis.get_ylim()[0]), max(1, axis.get_ylim()[1]))
+    figure.whole_steps(axis)
+    axis.legend()
+    return _svg(title, drawn)
+
+
+def _distribution(title: str, run: Replay) -> tuple[str, str]:
+    drawn, axes = figure.axes(2, 3, 6, 3.4, sharex=True, sharey=True)
+    middle = (EDGES[1:-2] + EDGES[2:-1]) / 2
+    for axis, method in zip(axes.flat, METHODS, strict=False):
+        counts = run.totals[method].histogram
+        share = counts[1:-1] / max(1, counts.sum())
+        axis.fill_between(middle, share, step="mid", color=figure.color(method), linewidth=0)
+        axis.set(title=method, xlim=(-6, 6))
+        if share.any():
+            axis.set_yscale("log")
+    for axis in axes.flat[len(METHODS) :]:
+        axis.set_visible(False)
+    drawn.supxlabel("A / std(A) of its step", fontsize=10)
+    drawn.supylabel("share of the responses", fontsize=10)
+    return _svg(title, drawn)
+
+
+def _svg(title: str, drawn) -> tuple[str, str]:
+    data = io.BytesIO()
+    drawn.savefig(data, format="svg", metadata={"Date": None})
+    return title, base64.b64encode(data.getvalue()).decode()
