@@ -223,7 +223,7 @@ def test_variance_ratios_are_the_analytic_ones_for_a_common_distribution(tmp_pat
     ],
 )
 def test_variances_are_within_a_percent_of_the_truth(law, members, adaptive):
-    """Known laws: E[A^2] / E[A (r - theta)]^2 with the true theta; `adaptive`: E(r - b)^2 over RLOO's of a long study."""
+    """E[A^2] / E[A (r - theta)]^2 with the true theta; `adaptive`: E(r - b)^2 over RLOO's of a long study."""
     from verl_krpo.studies.simulate import LAWS
 
     rng, run = np.random.default_rng(5), replaying.Replay("simulated", KrpoConfig(), rollouts.Reading())
