@@ -90,28 +90,23 @@ def doctor(
     ray: Annotated[bool, typer.Option(help="Look into a Ray worker on every node (about 10 s).")] = True,
 ) -> None:
     """Is the plugin in force here, in a fresh process and in Ray's workers; and what would a verl job use of it?"""
-    from verl_krpo import doctor
+    from verl_krpo.doctor import report
 
-    findings = doctor.examine(overrides or [], ray=ray)
-    if as_json:
-        print(doctor.as_json(findings))
-    else:
-        doctor.show(findings)
-    raise typer.Exit(doctor.exit_status(findings))
+    raise typer.Exit(report.doctor(overrides or [], ray, as_json))
 
 
 @app.command(context_settings=PASSED_ON, add_help_option=False)
 def check(context: typer.Context) -> None:
     """Compose and validate a verl job, start nothing; takes main_ppo's own arguments."""
-    from verl_krpo import check
+    from verl_krpo.doctor import job
 
-    check.main(context.args)
+    raise typer.Exit(job.check(context.args))
 
 
 @app.command(context_settings=PASSED_ON, add_help_option=False)
 def preflight(context: typer.Context) -> None:
     """Name all that a verl job would miss here, before Ray starts; takes main_ppo's own arguments."""
-    from verl_krpo import preflight
+    from verl_krpo.doctor import preflight
 
     raise typer.Exit(preflight.main(context.args))
 

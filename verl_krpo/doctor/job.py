@@ -1,0 +1,216 @@
+"""What a verl job would do with krpo and kpo: the settings in force, and what they meet in verl."""
+
+import argparse
+import contextlib
+import io
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
+from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+ESTIMATOR, LOSS = "algorithm.adv_estimator", f"{ACTOR}.policy_loss.loss_mode"
+CORRECTION = "algorithm.rollout_correction"
+SECTION = "This job"
+IN_FORCE = (
+    *(f"{ACTOR}.{key}" for key in ("loss_agg_mode", "clip_ratio", "clip_ratio_low", "clip_ratio_high")),
+    *(f"{ACTOR}.{key}" for key in ("ppo_mini_batch_size", "optim.lr")),
+    *(f"{ROLLOUT}.{key}" for key in ("name", "n")),
+    "data.train_batch_size",
+)
+
+
+def look(overrides: list[str]) -> list[Finding]:
+    """The settings in force of the job with these arguments of main_ppo, and its caveats; or why it would not start."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        # A job prints and warns as it composes; the report has its own words for that.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = compose(overrides)
+            validate(config)
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError, TypeError) as error:
+        text = f"this job would not start: {reason(error)}"
+        return [Finding("job", "failure", text, section=SECTION, code=WRONG_JOB)]
+    in_force = [Finding(key, "setting", str(value), section=SECTION) for key, value in settings(config)]
+    return in_force + caveats(config)
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """verl's config for main_ppo's own arguments (--config-path, --config-name and overrides)."""
+    import hydra
+    import verl  # noqa: F401 (loads the plugin)
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-path", "-cp", default="pkg://verl.trainer.config")
+    parser.add_argument("--config-name", "-cn", default="ppo_trainer")
+    options, rest = parser.parse_known_args(overrides)
+    if options.config_path.startswith("pkg://"):
+        where = hydra.initialize_config_module(options.config_path.removeprefix("pkg://"), version_base=None)
+    else:
+        where = hydra.initialize_config_dir(str(Path(options.config_path).resolve()), version_base=None)
+    with where:
+        return hydra.compose(options.config_name, overrides=rest)
+
+
+def validate(config: DictConfig) -> None:
+    """verl's own validation, with our guards in it, as on the driver."""
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+
+
+def settings(config: DictConfig) -> list[tuple[str, Any]]:
+    """The keys that decide the method, with their values in force: (key, value) rows."""
+    krpo, kpo = _methods(config)
+    rows = [(ESTIMATOR, config.algorithm.adv_estimator)] + _rows(KRPO_AT, krpo)
+    rows += [(LOSS, config.actor_rollout_ref.actor.policy_loss.loss_mode)] + _rows(KPO_AT, kpo)
+    return rows + [(key, OmegaConf.select(config, key)) for key in IN_FORCE]
+
+
+def _methods(config: DictConfig) -> tuple[KrpoConfig | None, KpoConfig | None]:
+    """The settings of krpo and of kpo, None where the job does not use it."""
+    algorithm, loss = config.algorithm, config.actor_rollout_ref.actor.policy_loss
+    krpo = read(KrpoConfig, algorithm.get("krpo"), KRPO_AT) if algorithm.adv_estimator == "krpo" else None
+    return krpo, read(KpoConfig, loss.get("kpo"), KPO_AT) if loss.loss_mode == "kpo" else None
+
+
+def _rows(at: str, values: KrpoConfig | KpoConfig | None) -> list[tuple[str, Any]]:
+    return [(f"{at}.{key}", getattr(value, "value", value)) for key, value in vars(values).items()] if values else []
+
+
+def reason(error: Exception) -> str:
+    """Hydra's message with its cause, without its internals and without its advice to add an unknown key by force."""
+    lines = [line.strip() for cause in (error, error.__cause__) if cause for line in str(cause).splitlines()]
+    skipped = ("full_key:", "object_type=", "To append to your config")
+    text = " / ".join(line for line in lines if line and not line.startswith(skipped))
+    for cls in (KrpoConfig, KpoConfig):
+        if f"not in '{cls.__name__}'" in text:
+            text += f" (keys: {', '.join(cls.__dataclass_fields__)})"
+    return text
+
+
+class Caveat(NamedTuple):
+    """A setting of verl's that changes what krpo or kpo does. text: `{value}` stands for the key's value."""
+
+    applies: Callable[[DictConfig, Any], Any]  # of the config and the method's own settings
+    key: str
+    status: str
+    text: str
+
+
+OF_KRPO = (
+    Caveat(
+        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1,
+        f"{ROLLOUT}.n", "warning", "{value}: a group of one is compared with the prior mean only; use n >= 4",
+    ),
+    Caveat(
+        lambda c, krpo: krpo.order == "arrival",
+        f"{KRPO_AT}.order", "warning", "arrival: verl's rows arrive shortest first, so place follows length",
+    ),
+    Caveat(
+        lambda c, krpo: krpo.order != "arrival" and c.trainer.balance_batch,
+        "trainer.balance_batch", "note", "rows are moved; harmless, as krpo.order=shuffled follows no row order",
+    ),
+    Caveat(
+        lambda c, krpo: krpo.scale == "filter_std" and c.actor_rollout_ref.actor.grad_clip,
+        f"{ACTOR}.grad_clip", "note",
+        "{value}: published KRPO advantages are several times GRPO's, so this clips far more often",
+    ),
+    Caveat(
+        lambda c, krpo: c.algorithm.use_kl_in_reward,
+        "algorithm.use_kl_in_reward", "warning", "the KL penalty is part of the rewards that are filtered",
+    ),
+    Caveat(
+        lambda c, krpo: c.actor_rollout_ref.rollout.multi_turn.enable,
+        f"{ROLLOUT}.multi_turn", "note", "a session counts once, by its final output; tool tokens are masked",
+    ),
+    Caveat(
+        lambda c, krpo: c.algorithm.filter_groups.enable,
+        "algorithm.filter_groups", "note", "groups of equal rewards are dropped before krpo sees them",
+    ),
+    Caveat(
+        lambda c, krpo: OmegaConf.select(c, f"{CORRECTION}.rollout_rs"),
+        f"{CORRECTION}.rollout_rs", "note", "a response that is masked whole leaves its group",
+    ),
+)  # fmt: skip
+OF_KPO = (
+    Caveat(
+        lambda c, kpo: _updates_once(c),
+        f"{ACTOR}.ppo_mini_batch_size", "warning",
+        "{value}: one update a batch: the ratio is 1 and kpo does nothing; make it smaller",
+    ),
+    Caveat(
+        lambda c, kpo: kpo.measurement_var != "batch" and _last_gain(c, kpo) < 1e-4,
+        "data.max_response_length", "warning",
+        "{value}: the gain falls below 1e-4 by then, kpo hardly moves; raise process_var for short responses",
+    ),
+    Caveat(
+        lambda c, kpo: kpo.clip and _clip_low(c) > 0.01,
+        f"{ACTOR}.clip_ratio_low", "warning",
+        "{value}: the filtered ratio stays near 1; published are 3e-4 and 4e-4 (clip_ratio where it is None)",
+    ),
+    Caveat(
+        lambda c, kpo: OmegaConf.select(c, f"{CORRECTION}.bypass_mode"),
+        f"{CORRECTION}.bypass_mode", "note",
+        "old log-probs are the rollout's: their noise enters the ratio that kpo filters",
+    ),
+    Caveat(
+        lambda c, kpo: OmegaConf.select(c, "distillation.enabled"),
+        "distillation.enabled", "warning", "kpo is the loss of the task rewards; distillation has its own beside it",
+    ),
+    Caveat(
+        lambda c, kpo: c.actor_rollout_ref.actor.loss_agg_mode != "seq-mean-token-mean",
+        f"{ACTOR}.loss_agg_mode", "note", "{value}: published is seq-mean-token-mean",
+    ),
+)  # fmt: skip
+
+
+def caveats(config: DictConfig) -> list[Finding]:
+    """A finding for each setting of verl's that changes what krpo or kpo does in this job."""
+    krpo, kpo = _methods(config)
+    if krpo is None and kpo is None:
+        text = f"{config.algorithm.adv_estimator}, with {LOSS}={OmegaConf.select(config, LOSS)}"
+        return [Finding(ESTIMATOR, "warning", f"{text}: this job uses neither KRPO nor KPO", section=SECTION)]
+    return [
+        Finding(key, status, text.format(value=OmegaConf.select(config, key)), section=SECTION)
+        for method, table in ((krpo, OF_KRPO), (kpo, OF_KPO))
+        for applies, key, status, text in table
+        if method is not None and applies(config, method)
+    ]
+
+
+def _updates_once(config: DictConfig) -> bool:
+    actor = config.actor_rollout_ref.actor
+    return actor.ppo_epochs == 1 and actor.ppo_mini_batch_size >= config.data.train_batch_size
+
+
+def _last_gain(config: DictConfig, kpo: KpoConfig) -> float:
+    from verl_krpo.kalman.local_level import schedule
+
+    return schedule(config.data.max_response_length, kpo.process_var, kpo.measurement_var, kpo.init_var).gain[-1].item()
+
+
+def _clip_low(config: DictConfig) -> float:
+    actor = config.actor_rollout_ref.actor
+    return actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low
+
+
+def check(overrides: list[str]) -> int:
+    """`verl-krpo check`: compose and validate, start nothing. A wrong key or value fails as it would on the driver."""
+    findings = look(overrides)
+    for finding in findings:
+        if finding.code:
+            print(finding.text, file=sys.stderr)
+        elif finding.status == "setting":
+            print(f"{finding.check} = {finding.text}")
+    return 1 if exit_status(findings) else 0
