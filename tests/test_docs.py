@@ -160,14 +160,15 @@ def test_every_metric_is_in_the_glossary():
 
 def test_the_exit_statuses_are_those_of_doctor():
     from verl_krpo import doctor
+    from verl_krpo.doctor import finding
 
     codes = {
-        doctor.NOT_INSTALLED,
-        doctor.BROKEN,
-        doctor.HIDDEN,
-        doctor.WRONG_VERL,
-        doctor.WRONG_JOB,
-        doctor.NOT_IN_WORKER,
+        finding.NOT_INSTALLED,
+        finding.BROKEN,
+        finding.HIDDEN,
+        finding.WRONG_VERL,
+        finding.WRONG_JOB,
+        finding.NOT_IN_WORKER,
     }
     written = {int(code) for code in re.findall(r"^\| (\d+) \|", (DOCS / "tools.md").read_text(), re.MULTILINE)}
     assert written == codes | {0}

@@ -138,7 +138,7 @@ def _number(text: str) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_composes_its_recipe_with_its_knobs(tmp_path, script):
-    from verl_krpo.doctor import compose
+    from verl_krpo.doctor.job import compose
 
     python = tmp_path / "python"  # writes down what it is called with: what it would run is tested above
     python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/arguments\n')

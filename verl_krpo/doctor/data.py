@@ -18,7 +18,7 @@ def files(config: DictConfig) -> list[str]:
     return [path for entry in entries for path in ([entry] if isinstance(entry, str) else list(entry or []))]
 
 
-def data(config: DictConfig) -> list[Finding]:
+def columns(config: DictConfig) -> list[Finding]:
     """The data files exist and have the columns that verl reads, filled on every row."""
     return [finding for path in dict.fromkeys(files(config)) for finding in _file(path, config.data.prompt_key)]
 

@@ -18,7 +18,7 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templ
 MAX_MODEL_LEN = "actor_rollout_ref.rollout.max_model_len"
 
 
-def model(config: DictConfig) -> list[Finding]:
+def present(config: DictConfig) -> list[Finding]:
     """A folder that transformers can load, or a model of the Hugging Face hub that is here or can be fetched."""
     path = config.actor_rollout_ref.model.path
     folder = Path(path).expanduser()

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,12 @@ def hooks() -> list[Finding]:
     for hook in HOOKS:
         if hook.cpu and not on_cpu():
             continue
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(ImportError):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), contextlib.suppress(ImportError):
+            warnings.simplefilter("ignore")
             importlib.import_module(hook.module)
         status = {"in force": "ok", "waiting": "note", "missing": "warning" if hook.needed else "note"}[hook.state()]
         text = f"{hook.why}; until {hook.until}" if status == "ok" else f"not in this verl ({hook.why})"
-        findings.append(Finding(f"{hook.module}.{hook.name}", status, text, section="Changed in verl at run time"))
+        findings.append(Finding(hook.name, status, text, detail=hook.module, section="Changed in verl at run time"))
     return findings
 
 

@@ -6,12 +6,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from verl_krpo.doctor import nodes
-from verl_krpo.doctor.data import data, files, reward
+from verl_krpo.doctor import data, machine, model, nodes
 from verl_krpo.doctor.finding import Finding, exit_status, missing
 from verl_krpo.doctor.job import compose, reason
-from verl_krpo.doctor.machine import attention, disk, engine, gpus, mini_batch
-from verl_krpo.doctor.model import chat_template, lengths, model
 
 
 def examine(overrides: list[str], prepares_data: bool = False) -> list[Finding]:
@@ -23,10 +20,10 @@ def examine(overrides: list[str], prepares_data: bool = False) -> list[Finding]:
     if findings:
         return findings  # the job's own config does not compose without it
     config = compose(overrides)
-    findings = gpus(config) or engine(config) + attention(config)
-    findings += model(config) or chat_template(config) + lengths(config)
-    findings += ([] if prepares_data else data(config)) + reward(config)
-    findings += mini_batch(config) + disk(config)
+    findings = machine.gpus(config) or machine.engine(config) + machine.attention(config)
+    findings += model.present(config) or model.chat_template(config) + model.lengths(config)
+    findings += ([] if prepares_data else data.columns(config)) + data.reward(config)
+    findings += machine.mini_batch(config) + machine.disk(config)
     if not exit_status(findings) and config.trainer.nnodes > 1:
         findings += cluster(config)
     return findings
@@ -49,7 +46,7 @@ def cluster(config: DictConfig) -> list[Finding]:
     address = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
     if not address:
         return [missing(f"NNODES={trainer.nnodes} needs a Ray cluster, and RAY_ADDRESS is not set", nodes.START)]
-    paths = (Path(path) for path in (*files(config), config.actor_rollout_ref.model.path))
+    paths = (Path(path) for path in (*data.files(config), config.actor_rollout_ref.model.path))
     here = tuple(str(path.absolute()) for path in paths if path.exists())
     findings = nodes.ask(address, trainer.nnodes, trainer.n_gpus_per_node, here)
     return [finding for finding in findings if finding.code]

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from verl_krpo import doctor, versions
+from verl_krpo import versions
+from verl_krpo.doctor import finding as codes
+from verl_krpo.doctor import job, nodes
 
-PACKAGE = Path(doctor.__file__).parent
+PACKAGE = Path(versions.__file__).parent
 BATCH = [
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
@@ -81,27 +83,28 @@ def test_in_force_with_the_settings_of_a_job_and_one_line_for_an_untested_verl(t
     assert findings["verl"]["text"].startswith("0.9.99 is not tested") and "\n" not in findings["verl"]["text"]
     for place in ("this process", "a fresh process"):
         assert findings[f"plugin in {place}"]["text"] == "krpo and kpo are registered"
+    assert findings["Tracking.log"]["status"] == "ok" and "krpo/* metrics" in findings["Tracking.log"]["text"]
     assert findings["algorithm.krpo.process_var"]["text"] == "3e-05"
     assert findings["algorithm.krpo.measurement_var"]["text"] == "0.01"
 
 
 def test_without_installation(bare_python, copied):
     done = run_doctor(python=bare_python, PYTHONPATH=str(copied))
-    assert done.returncode == doctor.NOT_INSTALLED
+    assert done.returncode == codes.NOT_INSTALLED
     assert "verl-krpo is not installed" in done.stdout and "pip install ." in done.stdout
 
 
 def test_a_broken_import_shows_its_traceback(copied):
     (copied / "verl_krpo" / "kalman" / "filter.py").write_text("raise RuntimeError('half an upgrade')\n")
     done = run_doctor("--no-ray", PYTHONPATH=str(copied))
-    assert done.returncode == doctor.BROKEN
+    assert done.returncode == codes.BROKEN
     assert "the plugin cannot be imported" in done.stdout
     assert "Traceback" in done.stdout and "RuntimeError: half an upgrade" in done.stdout
 
 
 def test_a_policy_that_hides_plugins():
     done = run_doctor(VERL_USE_EXTERNAL_PLUGINS="none")
-    assert done.returncode == doctor.HIDDEN
+    assert done.returncode == codes.HIDDEN
     assert "VERL_USE_EXTERNAL_PLUGINS=none" in done.stdout
 
 
@@ -110,13 +113,13 @@ def test_a_policy_that_hides_plugins():
 )
 def test_a_verl_that_will_not_do(tmp_path, version, said):
     done = run_doctor(PYTHONPATH=metadata_of(tmp_path, version))
-    assert done.returncode == doctor.WRONG_VERL
+    assert done.returncode == codes.WRONG_VERL
     assert version in done.stdout and said in "".join(done.stdout.split()) + done.stdout
 
 
 def test_a_typo_in_a_key():
     done = run_doctor("--no-ray", "--", *BATCH, "algorithm.adv_estimator=krpo", "+algorithm.krpo.proces_var=1")
-    assert done.returncode == doctor.WRONG_JOB
+    assert done.returncode == codes.WRONG_JOB
     assert "algorithm.krpo.proces_var" in "".join(done.stdout.split())
 
 
@@ -141,13 +144,12 @@ def test_a_ray_worker_without_the_package(bare_python, free_ports):
         head.terminate()
         head.wait(60)
         shutil.rmtree(short, ignore_errors=True)
-    assert done.returncode == doctor.NOT_IN_WORKER, done.stdout + done.stderr
+    assert done.returncode == codes.NOT_IN_WORKER, done.stdout + done.stderr
     report = json.loads(done.stdout)
     finding = report["findings"][-1]
     assert finding["check"] == f"plugin in a Ray worker on {host}"
-    assert (
-        "No module named 'verl_krpo'" in finding["text"] and "install verl-krpo in the environment" in finding["text"]
-    )
+    assert "No module named 'verl_krpo'" in finding["text"]
+    assert "install verl-krpo in the environment" in finding["fix"]
 
 
 def test_a_ray_that_never_answers_is_no_hang(monkeypatch):
@@ -155,10 +157,10 @@ def test_a_ray_that_never_answers_is_no_hang(monkeypatch):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(doctor, "RAY_SECONDS", 15)
-        (finding,) = doctor._in_ray()
-    assert finding.code == doctor.NOT_IN_WORKER
-    assert "within 15 s (127.0.0.1:" in finding.text and "ray stop" in finding.text
+        monkeypatch.setattr(nodes, "RAY_SECONDS", 15)
+        (finding,) = nodes.ask()
+    assert finding.code == codes.NOT_IN_WORKER
+    assert "within 15 s (RAY_ADDRESS=127.0.0.1:" in finding.text and "ray stop" in finding.fix
 
 
 def wait_for(port, seconds=60):
@@ -192,7 +194,7 @@ def wait_for(port, seconds=60):
     ],
 )  # fmt: skip
 def test_what_a_job_meets(compose, overrides, named):
-    met = {key: status for key, status, _ in doctor.meets(compose(*BATCH, *overrides))}
+    met = {finding.check: finding.status for finding in job.caveats(compose(*BATCH, *overrides))}
     assert named.items() <= met.items()
 
 
@@ -205,7 +207,7 @@ def test_a_published_kpo_job_has_no_warning(compose):
         "loss_agg_mode=seq-mean-token-mean",
     ]
     overrides += [f"actor_rollout_ref.actor.{item}" for item in actor]
-    assert doctor.meets(compose(*BATCH, KPO_GROUP, *overrides)) == []
+    assert job.caveats(compose(*BATCH, KPO_GROUP, *overrides)) == []
 
 
 def test_the_newest_tested_version_is_the_one_the_suite_runs_on():
