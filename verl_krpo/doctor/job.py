@@ -195,9 +195,10 @@ def _updates_once(config: DictConfig) -> bool:
 
 
 def _last_gain(config: DictConfig, kpo: KpoConfig) -> float:
-    from verl_krpo.kalman.local_level import schedule
+    from verl_krpo.kalman import LocalLevel, gains
 
-    return schedule(config.data.max_response_length, kpo.process_var, kpo.measurement_var, kpo.init_var).gain[-1].item()
+    model = LocalLevel(kpo.process_var, kpo.measurement_var, 0.0, kpo.init_var)
+    return gains(model, config.data.max_response_length)[-1].item()
 
 
 def _clip_low(config: DictConfig) -> float:

@@ -66,6 +66,7 @@ def look(address: str | None, nnodes: int, gpus: int, paths: list[str]) -> list[
         for host, answer in plugins:
             finding = verdict(answer, f"a Ray worker on {host}", NOT_IN_WORKER)
             if finding.code:
+                finding.text = f"node {host}: {finding.text}"
                 finding.fix = f"on {host}: install verl-krpo in the environment of its workers (pip install .)"
             findings.append(finding)
         for host, absent in absences:
