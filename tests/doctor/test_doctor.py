@@ -37,7 +37,7 @@ def run_doctor(*arguments, python=sys.executable, **env):
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,  # a loaded machine takes its time
     )
 
 

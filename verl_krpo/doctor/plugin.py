@@ -63,11 +63,12 @@ def hooks() -> list[Finding]:
     for hook in HOOKS:
         if hook.cpu and not on_cpu():
             continue
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), contextlib.suppress(ImportError):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), contextlib.suppress(Exception):
             warnings.simplefilter("ignore")
             importlib.import_module(hook.module)
         status = {"in force": "ok", "waiting": "note", "missing": "warning" if hook.needed else "note"}[hook.state()]
-        text = f"{hook.why}; until {hook.until}" if status == "ok" else f"not in this verl ({hook.why})"
+        why_not = {"waiting": "its module cannot be imported here", "missing": "this verl has no such function"}
+        text = f"{hook.why}; until {hook.until}" if status == "ok" else f"{why_not[hook.state()]} ({hook.why})"
         findings.append(Finding(hook.name, status, text, detail=hook.module, section="Changed in verl at run time"))
     return findings
 
