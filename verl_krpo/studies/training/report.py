@@ -1,11 +1,12 @@
 """What many runs say, a condition at a time: every method against RLOO, or the batch's mean where groups are of one.
 
 accuracy    interquartile mean over the seeds of the accuracy at the end, 95 % interval by the bootstrap
-difference  mean over the seeds of the paired difference at the end, 95 % interval by Student's t
+difference  mean over the seeds of the paired difference at the end, 95 % interval by Student's t; to_grpo: to GRPO
 wins        share of the seeds in which the method ends higher
 rollouts    until the mean curve reaches the level that the reference has after three quarters of its rollouts, over
             the reference's own; 95 % interval by the bootstrap over seeds, paired; inf: not reached in the run
-var_A       mean over the seeds of the advantages' variance, over the reference's
+
+One seed has no interval, and that of a few seeds is rough.
 """
 
 from collections import defaultdict
@@ -47,12 +48,20 @@ def summary(rows: list[dict]) -> list[dict]:
         reference = next((name for name in REFERENCES if name in methods), None)
         if reference is None:
             raise ValueError(f"{condition}: none of {', '.join(REFERENCES)} to compare with")
-        for method, runs in methods.items():
+        for method, runs in sorted(methods.items(), key=lambda item: _order(item[0])):
             seeds = sorted(runs.keys() & methods[reference].keys())
             own, other = ([of[seed] for seed in seeds] for of in (runs, methods[reference]))
             if seeds:
-                lines.append({"condition": condition, "method": method, "seeds": len(seeds)} | compare(own, other))
+                line = {"condition": condition, "method": method, "seeds": len(seeds)} | compare(own, other)
+                line["to_grpo"], line["to_grpo_half"] = to_grpo(runs, methods.get("grpo", {}))
+                lines.append(line)
     return lines
+
+
+def _order(method: str) -> int:
+    """As in the palette: related methods beside one another."""
+    known = list(figure.METHODS)
+    return known.index(method) if method in known else len(known)
 
 
 def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
@@ -61,7 +70,6 @@ def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
     difference = curves[:, -1] - others[:, -1]
     accuracy, low, high = bootstrapped(interquartile_mean, curves)
     ratio, ratio_low, ratio_high = bootstrapped(rollouts, curves, others)
-    variance, variance_of_other = (np.mean([float(run["advantage_std"]) ** 2 for run in runs]) for runs in (own, other))
     return {
         "accuracy": accuracy,
         "accuracy_low": low,
@@ -72,8 +80,13 @@ def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
         "rollouts": ratio,
         "rollouts_low": ratio_low,
         "rollouts_high": ratio_high,
-        "var_A": float(variance / variance_of_other),
     }
+
+
+def to_grpo(runs: dict[int, dict], grpo: dict[int, dict]) -> tuple[float, float]:
+    """Mean paired difference at the end, and half of its interval; NaN where GRPO was not run."""
+    difference = np.array([runs[seed]["curve"][-1] - grpo[seed]["curve"][-1] for seed in runs.keys() & grpo.keys()])
+    return (float(difference.mean()), half_width(difference)) if len(difference) else (np.nan, np.nan)
 
 
 def interquartile_mean(curves: np.ndarray) -> np.ndarray:
@@ -112,8 +125,10 @@ def first_at(curve: np.ndarray, level: np.ndarray) -> np.ndarray:
 
 
 def bootstrapped(statistic, *paired: np.ndarray) -> tuple[float, float, float]:
-    """Of a statistic of arrays (..., seeds, times): its value, and the 95 % interval over the seeds (percentiles)."""
+    """Of a statistic of arrays (seeds, times): its value, and the 95 % interval over the seeds (percentiles)."""
     count = len(paired[0])
+    if count == 1:
+        return float(statistic(*paired)), np.nan, np.nan
     chosen = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     # Percentiles that are observed, as some may be inf.
     low, high = np.percentile(statistic(*(array[chosen] for array in paired)), [2.5, 97.5], method="nearest")
@@ -126,16 +141,25 @@ def as_table(lines: list[dict]) -> str:
             line["condition"],
             line["method"],
             str(line["seeds"]),
-            f"{line['accuracy']:.3f} ({line['accuracy_low']:.3f}-{line['accuracy_high']:.3f})",
-            f"{line['difference']:+.3f} ± {line['difference_half']:.3f}",
+            f"{line['accuracy']:.3f}" + _interval(f"{line['accuracy_low']:.3f}", f"{line['accuracy_high']:.3f}"),
+            _signed(line["difference"], line["difference_half"]),
+            _signed(line["to_grpo"], line["to_grpo_half"]),
             f"{line['wins']:.0%}",
-            f"{_ratio(line['rollouts'])} ({_ratio(line['rollouts_low'])}-{_ratio(line['rollouts_high'])})",
-            f"{line['var_A']:.2f}",
+            _ratio(line["rollouts"]) + _interval(_ratio(line["rollouts_low"]), _ratio(line["rollouts_high"])),
         ]
         for line in lines
     ]
-    header = ["condition", "method", "seeds", "accuracy", "difference", "wins", "rollouts", "var A"]
+    header = ["condition", "method", "seeds", "accuracy", "to RLOO", "to GRPO", "wins", "rollouts"]
     return report.table(header, cells)
+
+
+def _signed(value: float, half: float) -> str:
+    """A dash where there is no interval, as of one seed or of a method to itself."""
+    return f"{value:+.3f} ± {half:.3f}" if half > 0 else "-"
+
+
+def _interval(low: str, high: str) -> str:
+    return "" if "nan" in (low, high) or low == high else f" ({low} to {high})"
 
 
 def _ratio(value: float) -> str:
