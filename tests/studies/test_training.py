@@ -2,6 +2,9 @@
 
 import dataclasses
 import random
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from verl_krpo.backends import tiny_model
 from verl_krpo.studies.training import conditions, lab, report, study
 from verl_krpo.studies.training.conditions import NOISES, Condition
 from verl_krpo.studies.training.methods import METHODS, Batch
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +167,17 @@ def test_a_run_that_fails_in_its_process_is_seen(model, tmp_path):
 def curve_rows(method, curves):
     line = {"condition": "pairs", "method": method, "rollouts": "64", "advantage_std": "2"}
     return [line | {"seed": str(k), "curve": " ".join(map(str, curve))} for k, curve in enumerate(curves)]
+
+
+def test_the_page_of_claims_says_what_the_runs_say(tmp_path):
+    """Its table is what the command makes of the runs in the repository; every difference it names is from there."""
+    runs = ROOT / "docs/results/training/runs.csv"
+    shutil.copy(runs, tmp_path)
+    table, page = study.show(tmp_path / "runs.csv"), (ROOT / "docs/claims.md").read_text()
+    assert table in page
+    assert set(re.findall(r"[+-]0\.\d{3} ± 0\.\d{3}", page + (ROOT / "README.md").read_text())) <= set(
+        re.findall(r"[+-]0\.\d{3} ± 0\.\d{3}", table)
+    )
 
 
 def test_the_summary_by_hand():

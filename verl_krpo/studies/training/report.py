@@ -6,7 +6,7 @@ wins        share of the seeds in which the method ends higher
 rollouts    until the mean curve reaches the level that the reference has after three quarters of its rollouts, over
             the reference's own; 95 % interval by the bootstrap over seeds, paired; inf: not reached in the run
 
-One seed has no interval, and that of a few seeds is rough.
+One seed has no interval, and fewer than FEWEST have none by the bootstrap.
 """
 
 from collections import defaultdict
@@ -21,6 +21,7 @@ from verl_krpo.studies import report
 REFERENCES = ("rloo", "batch_mean", "reinforce")
 LEVEL_AFTER = 0.75  # of the reference's rollouts
 RESAMPLES = 2000
+FEWEST = 5  # seeds that a bootstrap needs
 
 
 def by_condition(rows: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
@@ -127,7 +128,7 @@ def first_at(curve: np.ndarray, level: np.ndarray) -> np.ndarray:
 def bootstrapped(statistic, *paired: np.ndarray) -> tuple[float, float, float]:
     """Of a statistic of arrays (seeds, times): its value, and the 95 % interval over the seeds (percentiles)."""
     count = len(paired[0])
-    if count == 1:
+    if count < FEWEST:
         return float(statistic(*paired)), np.nan, np.nan
     chosen = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     # Percentiles that are observed, as some may be inf.
@@ -180,10 +181,10 @@ def draw_curves(rows: list[dict], path: Path) -> None:
             mean, half = curves.mean(0), [half_width(values) for values in curves.T]
             at = np.arange(curves.shape[1]) * int(seeds[0]["rollouts"])
             figure.band(panel, at, mean, mean - half, mean + half, colors[method], label=method)
-        panel.set_title(f"{condition} ({len(seeds)} seeds)")
+        panel.set_title(f"{condition}, seeds: {len(seeds)}")
         panel.set_xlabel("rollouts")
-        panel.legend()
     panels[0, 0].set_ylabel("held-out accuracy")
+    figure.legend(drawn, panels[0, 0], ncols=6)
     figure.save(drawn, path)
 
 
