@@ -304,7 +304,8 @@ def plot(measured: dict[str, dict[str, dict[str, Estimate]]], path: str | os.Pat
             for metric, style in (("pass", "-"), ("maj", "--")):
                 label = f"{run if len(measured) > 1 else ''} {metric}@k".strip()
                 _draw(axis, benchmarks.get(name, {}), metric, color=colors[run], linestyle=style, label=label)
-        axis.set(title=name, xlabel="samples k", ylim=(0, 1))
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set(xlabel="samples k", ylim=(0, 1))
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
     for axis in axes.flat[len(names) :]:

@@ -194,7 +194,7 @@ def _lines(title: str, x, series: dict, xlabel: str, ylabel: str = "", log: bool
     elif not log:
         axis.set_ylim(min(0, axis.get_ylim()[0]), max(1, axis.get_ylim()[1]))
     figure.whole_steps(axis)
-    axis.legend()
+    figure.legend(drawn, axis, ncols=len(series), fontsize=8)
     return _svg(title, drawn)
 
 
@@ -205,7 +205,8 @@ def _distribution(title: str, run: Replay) -> tuple[str, str]:
         counts = run.totals[method].histogram
         share = counts[1:-1] / max(1, counts.sum())
         axis.fill_between(middle, share, step="mid", color=figure.color(method), linewidth=0)
-        axis.set(title=method, xlim=(-6, 6))
+        axis.set_title(method, loc="left", fontsize=9)
+        axis.set_xlim(-6, 6)
         if share.any():
             axis.set_yscale("log")
     for axis in axes.flat[len(METHODS) :]:

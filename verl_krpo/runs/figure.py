@@ -30,12 +30,8 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.titlelocation": "left",
-    "axes.titlesize": "medium",
     "grid.color": "0.92",
     "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": "small",
     "font.size": 9.5,
     "savefig.dpi": 150,
 }

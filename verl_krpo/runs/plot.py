@@ -77,12 +77,12 @@ def draw(methods: dict[str, list[dict[str, Series]]], out: str | os.PathLike) ->
             for metric, suffix, style in panel.lines:
                 if given := [seed[metric] for seed in seeds if metric in seed]:
                     _line(axis, given, panel, color=colors[name], label=name + suffix, linestyle=style)
-        axis.set_title(panel.title)
+        axis.set_title(panel.title, loc="left", fontsize=10)
         if panel.log and all(value > 0 for line in axis.lines for value in line.get_ydata()):
             axis.set_yscale("log")
         figure.whole_steps(axis, most=5)
         if panel is panels[0] or len(panel.lines) > 1:
-            axis.legend()
+            axis.legend(frameon=False, fontsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     drawn.supxlabel("training step", fontsize=9)
