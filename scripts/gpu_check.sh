@@ -26,10 +26,10 @@ device=cuda
 [ "${VERL_PLATFORM:-}" != cpu ] || device=cpu
 
 echo "[1/5] doctor"
-"$PYTHON" -m verl_krpo.cli doctor --json > "$OUT/doctor.json" || echo "doctor found something: $OUT/doctor.json"
+"$PYTHON" -m verl_krpo doctor --json > "$OUT/doctor.json" || echo "doctor found something: $OUT/doctor.json"
 echo "[2/5] a tiny model and its data"
-"$PYTHON" -m verl_krpo.cli tiny-model --out "$OUT/model"
-"$PYTHON" -m verl_krpo.cli data arithmetic --level sums --out "$OUT/sums" --test 64
+"$PYTHON" -m verl_krpo tiny-model --out "$OUT/model"
+"$PYTHON" -m verl_krpo data arithmetic --level sums --out "$OUT/sums" --test 64
 
 # As the recipes, with the lengths of the tiny model and its task. Its attention heads are of 32, which flash-attn and
 # sdpa both take: sdpa needs no further package.
@@ -66,7 +66,7 @@ train "krpo_$first" krpo_arithmetic "$first" $((STEPS + 2))
 
 echo "[5/5] what it costs on $device"
 for table in filter kpo; do
-    [ -f "$OUT/bench_$table.json" ] || "$PYTHON" -m verl_krpo.cli bench "$table" --device "$device" --rounds "$ROUNDS" \
+    [ -f "$OUT/bench_$table.json" ] || "$PYTHON" -m verl_krpo bench "$table" --device "$device" --rounds "$ROUNDS" \
         --json "$OUT/bench_$table.json" > "$OUT/bench_$table.md" || echo "bench $table failed" >&2
 done
 set -- $ROLLOUTS
