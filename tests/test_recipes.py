@@ -18,13 +18,23 @@ RECIPES = sorted(path.stem for path in CONFIG.glob("*.yaml") if "- method:" in p
 YAMLS = sorted(str(path.relative_to(CONFIG)) for path in CONFIG.rglob("*.yaml"))
 PATHS = ["data.train_files=train.parquet", "data.val_files=test.parquet", "trainer.default_local_dir=run"]
 # Free-form in verl, so no key of its config stands for it.
-FREE = ("data.apply_chat_template_kwargs.",)
+FREE = ("data.apply_chat_template_kwargs.", "reward.reward_kwargs.")
 
 # what each method sets: estimator, loss, aggregation (None: the recipe's), clip range (None: the recipe's)
 TABLE = {
     "grpo": ("grpo", "vanilla", None, None),
     "drgrpo": ("grpo", "vanilla", "seq-mean-token-sum-norm", None),
     "rloo": ("rloo", "vanilla", None, None),
+    "reinforce_plus_plus_baseline": ("reinforce_plus_plus_baseline", "vanilla", None, None),
+    "opo": ("opo", "vanilla", None, None),
+    "optimal_token_baseline": ("optimal_token_baseline", "vanilla", None, None),
+    "jspo": ("krpo", "vanilla", None, None),
+    "dapo": ("grpo", "vanilla", "token-mean", (0.2, 0.28)),
+    "cispo": ("grpo", "cispo", "token-mean", (10.0, 0.2)),
+    "sapo": ("grpo", "sapo", "seq-mean-token-mean", None),
+    "geo_mean": ("grpo", "geo_mean", None, (0.4, 0.4)),
+    "dppo_tv": ("grpo", "dppo_tv", None, (0.15, 0.15)),
+    "dppo_kl": ("grpo", "dppo_kl", None, (0.05, 0.05)),
     "gspo": ("grpo", "gspo", "seq-mean-token-mean", (3e-4, 4e-4)),
     "krpo": ("krpo", "vanilla", None, None),
     "krpo_adaptive": ("krpo", "vanilla", None, None),
