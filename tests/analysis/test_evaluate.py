@@ -14,6 +14,8 @@ from verl.trainer.ppo.metric_utils import process_validation_metrics
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 from verl_krpo.analysis import evaluate
+from verl_krpo.analysis.intervals import p_value, resampled
+from verl_krpo.analysis.pass_at_k import majority_at, pass_at
 
 
 @st.composite
@@ -29,7 +31,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(drawn):
     _, right, k = drawn
     subsets = list(itertools.combinations(right, k))
     expected = sum(max(subset) for subset in subsets) / len(subsets)
-    assert evaluate.pass_at(len(right), int(sum(right)), k) == pytest.approx(expected, abs=1e-12)
+    assert pass_at(len(right), int(sum(right)), k) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("n", [1, 4, 16, 64])
@@ -39,8 +41,8 @@ def test_pass_at_k_closed_form(n):
             product = 1.0
             for i in range(k):  # every one of k draws wrong
                 product *= (n - c - i) / (n - i) if n - c - i > 0 else 0.0
-            assert evaluate.pass_at(n, c, k) == pytest.approx(1 - product, abs=1e-12)
-    assert evaluate.pass_at(n, 0, n) == 0 and evaluate.pass_at(n, n, 1) == 1
+            assert pass_at(n, c, k) == pytest.approx(1 - product, abs=1e-12)
+    assert pass_at(n, 0, n) == 0 and pass_at(n, n, 1) == 1
 
 
 def voted(answers, right):
@@ -58,15 +60,15 @@ def test_majority_at_k_is_the_mean_over_subsets(drawn):
     answers, right, k = drawn
     subsets = list(itertools.combinations(range(len(answers)), k))
     expected = np.mean([voted([answers[i] for i in s], [right[i] for i in s]) for s in subsets])
-    assert evaluate.majority_at(answers, right, k) == pytest.approx(expected, abs=1e-12)
+    assert majority_at(answers, right, k) == pytest.approx(expected, abs=1e-12)
 
 
 def test_majority_of_many_samples():
     answers = ["a"] * 40 + ["b"] * 24
     right = [1.0] * 40 + [0.0] * 24
-    assert evaluate.majority_at(answers, right, 64) == 1.0
+    assert majority_at(answers, right, 64) == 1.0
     hypergeometric = sum(comb(40, a) * comb(24, 31 - a) for a in range(16, 32)) / comb(64, 31)
-    assert evaluate.majority_at(answers, right, 31) == pytest.approx(hypergeometric, rel=1e-12)
+    assert majority_at(answers, right, 31) == pytest.approx(hypergeometric, rel=1e-12)
 
 
 def entry(source, problem, session, right, pred, **extra):
@@ -158,27 +160,27 @@ def test_answers_are_found_where_the_reward_gave_none(tmp_path):
 
 def test_bootstrap_interval_has_its_coverage():
     rng = np.random.default_rng(0)
-    intervals = [evaluate.resampled(rng.random(60) < 0.3) for _ in range(300)]
+    intervals = [resampled(rng.random(60) < 0.3) for _ in range(300)]
     covered = np.mean([e.low <= 0.3 <= e.high for e in intervals])
     # 95 % nominal, a little less at 60 problems; the standard error over 300 trials is 0.013.
     assert 0.90 <= covered <= 0.98
 
 
 def test_p_value_by_enumeration_and_by_drawing():
-    assert evaluate.p_value([0.0, 0.0]) == 1.0
-    assert evaluate.p_value([0.25] * 5) == pytest.approx(2 / 2**5)
+    assert p_value([0.0, 0.0]) == 1.0
+    assert p_value([0.25] * 5) == pytest.approx(2 / 2**5)
     differences = [0.5, -0.25, 0.25, 0.75]
     reached = [abs(np.dot(s, differences)) >= sum(differences) - 1e-9 for s in itertools.product((-1, 1), repeat=4)]
-    assert evaluate.p_value(differences) == pytest.approx(np.mean(reached))
+    assert p_value(differences) == pytest.approx(np.mean(reached))
     many = list(np.random.default_rng(0).normal(0.2, 1, 200))
     z = np.sum(many) / np.sqrt(np.sum(np.square(many)))
     # The drawn p has a standard error of at most 0.005; at 200 terms the normal approximation is closer than that.
-    assert evaluate.p_value(many) == pytest.approx(erfc(abs(z) / sqrt(2)), abs=0.02)
+    assert p_value(many) == pytest.approx(erfc(abs(z) / sqrt(2)), abs=0.02)
 
 
 def test_under_the_null_p_values_are_uniform():
     rng = np.random.default_rng(1)
-    drawn = [evaluate.p_value(rng.choice((-0.25, 0.0, 0.25), 30)) for _ in range(200)]
+    drawn = [p_value(rng.choice((-0.25, 0.0, 0.25), 30)) for _ in range(200)]
     # Binomial(200, 0.05) is above 0.105 with probability 0.001; discreteness only lowers it.
     assert np.mean(np.array(drawn) <= 0.05) <= 0.105
 

@@ -5,9 +5,8 @@ else the reward returns; the `math` reward adds pred (the final answer) and sour
 problem, c of them right:
 
     avg@n     c / n: verl's own acc/mean@n
-    pass@k    1 - C(n-c, k) / C(n, k): the probability that k samples hold a right one (arXiv 2107.03374, eq. 1)
-    maj@k     the expected correctness of the most frequent answer of k samples drawn without replacement; equally
-              frequent answers share, and a sample without an answer does not vote. Exact, not simulated
+    pass@k    the probability that k samples hold a right one (pass_at_k.py)
+    maj@k     the expected correctness of the most frequent answer of k samples
 
 Each is averaged over the problems of a benchmark. Intervals: 95 %, by resampling problems. Two checkpoints are
 compared on the problems that both dumps hold: mean difference of avg@n, its interval by resampling problems, and the
@@ -15,26 +14,20 @@ two-sided p-value of a sign-flip permutation test.
 """
 
 import csv
-import itertools
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from math import comb
 from pathlib import Path
 
 import numpy as np
 
+from verl_krpo.analysis.intervals import Estimate, p_value, resampled
+from verl_krpo.analysis.pass_at_k import majority_at, pass_at, powers_of_two
 from verl_krpo.data.boxed import last_boxed
 from verl_krpo.reward import answer_tag
 from verl_krpo.runs import figure
-
-RESAMPLES = 10_000
-ENUMERATED = 14  # up to so many non-zero differences every pattern of signs is tried
-SEED = 0
 
 
 @dataclass
@@ -46,13 +39,6 @@ class Problem:
 
 
 Benchmark = dict[tuple[str, str], Problem]  # (prompt, ground truth) -> problem
-
-
-@dataclass
-class Estimate:
-    value: float
-    low: float
-    high: float
 
 
 @dataclass
@@ -103,72 +89,8 @@ def _dump(path: Path) -> Path:
 def _answer(entry: dict) -> str:
     if entry.get("pred") is not None:
         return str(entry["pred"])
-    found = answer_tag.extract(entry["output"])
-    return (last_boxed(entry["output"]) if found is None else found.strip()) or ""
-
-
-def pass_at(n: int, c: int, k: int) -> float:
-    """1 - C(n-c, k) / C(n, k) for 1 <= k <= n and 0 <= c <= n."""
-    return 1.0 - comb(n - c, k) / comb(n, k)
-
-
-def majority_at(answers: Sequence[str], right: Sequence[float], k: int) -> float:
-    """Expected correctness of the vote of k of the samples; equal answers count as right by their mean."""
-    n = len(answers)
-    counts = Counter(answer for answer in answers if answer)
-    silent = n - sum(counts.values())
-    mean_right = {a: np.mean([r for b, r in zip(answers, right, strict=True) if b == a]) for a in counts}
-    weight: dict[int, float] = {}  # an answer's count -> its share of the wins
-    for answer, count in counts.items():
-        if mean_right[answer] > 0 and count not in weight:
-            others = list(counts.values())
-            others.remove(count)
-            weight[count] = sum(
-                comb(count, votes) * _outvoted(others, silent, k - votes, votes)
-                for votes in range(1, min(count, k) + 1)
-            )
-    return sum(mean_right[a] * weight[c] for a, c in counts.items() if mean_right[a] > 0) / comb(n, k)
-
-
-def _outvoted(others: Iterable[int], silent: int, places: int, votes: int) -> float:
-    """Ways to fill `places` from the other answers, none with more than `votes`, each way divided by 1 + ties."""
-    ways = np.zeros((places + 1, places // votes + 2))  # (places filled, answers tied at `votes`)
-    ways[0, 0] = 1.0
-    for count in others:
-        grown = ways.copy()
-        for taken in range(1, min(count, votes, places) + 1):
-            tie = int(taken == votes)
-            grown[taken:, tie:] += comb(count, taken) * ways[:-taken, : ways.shape[1] - tie]
-        ways = grown
-    filled = sum(comb(silent, places - s) * ways[s] for s in range(max(0, places - silent), places + 1))
-    return float(np.sum(filled / np.arange(1, ways.shape[1] + 1)))
-
-
-def resampled(values: Sequence[float]) -> Estimate:
-    """Mean over problems with the 95 % percentile interval of its bootstrap."""
-    values = np.asarray(values, dtype=np.float64)
-    low, high = np.percentile(_times_drawn(len(values)) @ values / len(values), [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high))
-
-
-@lru_cache(maxsize=1)
-def _times_drawn(problems: int) -> np.ndarray:
-    """How often each problem is in each resample, (resamples, problems); the metrics of a benchmark share it."""
-    rng = np.random.default_rng(SEED)
-    return rng.multinomial(problems, np.full(problems, 1 / problems), size=RESAMPLES).astype(np.float64)
-
-
-def p_value(differences: Sequence[float]) -> float:
-    """Two-sided p of a zero mean under independent random signs: every pattern of signs if few, else 10,000 drawn."""
-    differences = np.asarray([d for d in differences if d != 0], dtype=np.float64)
-    if not len(differences):
-        return 1.0
-    observed = abs(differences.sum()) - 1e-9
-    if len(differences) <= ENUMERATED:
-        signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
-        return float(np.mean(np.abs(signs @ differences) >= observed))
-    signs = np.random.default_rng(SEED).choice((-1, 1), size=(RESAMPLES, len(differences)))
-    return float((1 + np.sum(np.abs(signs @ differences) >= observed)) / (1 + RESAMPLES))
+    tagged = answer_tag.extract(entry["output"])
+    return (last_boxed(entry["output"]) if tagged is None else tagged.strip()) or ""
 
 
 def summary(benchmark: Benchmark) -> dict[str, Estimate]:
@@ -176,15 +98,11 @@ def summary(benchmark: Benchmark) -> dict[str, Estimate]:
     problems = list(benchmark.values())
     n = min(len(problem.right) for problem in problems)
     made = {f"avg@{n}": resampled([float(np.mean(problem.right)) for problem in problems])}
-    for k in _ks(n):
+    for k in powers_of_two(n):
         passed = [pass_at(len(p.right), sum(r >= 1 for r in p.right), k) for p in problems]
         voted = [majority_at(p.answers, p.right, k) for p in problems]
         made[f"pass@{k}"], made[f"maj@{k}"] = resampled(passed), resampled(voted)
     return made
-
-
-def _ks(n: int) -> list[int]:
-    return sorted({2**i for i in range(n.bit_length()) if 2**i <= n} | {n})
 
 
 def compare(name: str, before: Benchmark, after: Benchmark) -> Comparison:
