@@ -76,4 +76,4 @@ for value in ${VALUES:-$values}; do
         done
     done
 done
-[ "$failed" -eq 0 ] || { echo "$failed runs failed: mend and give the same command again" >&2; exit 1; }
+[ "$failed" -eq 0 ] || { echo "$failed runs failed: see why, and give the same command again" >&2; exit 1; }

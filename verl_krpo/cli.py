@@ -121,8 +121,8 @@ def replay(
         list[str] | None, typer.Option("--krpo", metavar="KEY=VALUE", help="A key of algorithm.krpo for method krpo.")
     ] = None,
 ) -> None:
-    """Recompute the advantages of rollouts that a verl job wrote under grpo, rloo, krpo and krpo_adaptive."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    """Recompute the advantages of rollouts that a verl job wrote under grpo, rloo, krpo, jspo and krpo_adaptive."""
+    from tqdm import tqdm
 
     from verl_krpo.analysis import replay_report
     from verl_krpo.analysis.replay import replay, settings_from
@@ -130,12 +130,10 @@ def replay(
 
     settings = settings_from(krpo or [])
     sizes = [sum(path.stat().st_size for path in files(where)) for where in rollouts]
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     runs = []
-    with Progress(*columns, transient=True) as progress:
-        for where, size in zip(rollouts, sizes, strict=True):
-            task = progress.add_task(where.name or str(where), total=size)
-            runs.append(replay(where, settings, advance=lambda count, task=task: progress.advance(task, count)))
+    for where, size in zip(rollouts, sizes, strict=True):
+        with tqdm(total=size, desc=where.name, unit="B", unit_scale=True, leave=False, disable=None) as line:
+            runs.append(replay(where, settings, advance=line.update))
     replay_report.show(runs)
     print(f"\nreport: {replay_report.write(runs, out)}")
 

@@ -45,7 +45,7 @@ def test_reloaded_model_is_the_same(folder):
     tokenizer = tiny_model.tokenizer()
     assert model.config.model_type == "qwen2" and model.dtype == torch.float32
     rebuilt = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=3)
-    tiny_model.warm_start(rebuilt, tokenizer, steps=2, seed=3, say=lambda line: None)
+    tiny_model.warm_start(rebuilt, tokenizer, steps=2, seed=3)
     for name, weight in rebuilt.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
 
@@ -78,7 +78,6 @@ def test_the_warm_start_lowers_the_loss_and_leaves_the_global_random_state():
     tokenizer = tiny_model.tokenizer()
     state = torch.random.get_rng_state()
     model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=0)
-    lines = []
-    tiny_model.warm_start(model, tokenizer, steps=30, seed=0, say=lines.append)
+    tiny_model.warm_start(model, tokenizer, steps=30, seed=0)
     assert torch.equal(state, torch.random.get_rng_state())
     assert tiny_model.sampled_reward(model, tokenizer, count=64, seed=0)["format"] > 0.5

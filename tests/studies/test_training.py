@@ -24,7 +24,7 @@ def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("lab") / "tiny"
     tokenizer = tiny_model.tokenizer()
     model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=0)
-    tiny_model.warm_start(model, tokenizer, steps=100, seed=0, batch_size=16, say=lambda line: None)
+    tiny_model.warm_start(model, tokenizer, steps=100, seed=0, batch_size=16)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

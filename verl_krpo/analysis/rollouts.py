@@ -48,16 +48,16 @@ def files(where: str | Path) -> list[Path]:
     where = Path(where)
     if where.is_file():
         return [where]
-    found = sorted(where.glob("*.jsonl"), key=lambda path: (not path.stem.isdigit(), path.stem.zfill(20)))
-    if not found:
+    dumps = sorted(where.glob("*.jsonl"), key=lambda path: (not path.stem.isdigit(), path.stem.zfill(20)))
+    if not dumps:
         raise FileNotFoundError(
             f"no rollouts at {where}: give the folder that trainer.rollout_data_dir named, or one of its .jsonl files"
         )
-    return found
+    return dumps
 
 
 def steps(where: str | Path, reading: Reading, advance: Callable[[int], None] = lambda count: None) -> Iterator[Step]:
-    """Steps in the order of the files; a step ends where `step` changes or the file does. `advance` is told the bytes.
+    """Steps in the order of the files; a step ends where `step` changes or the file does. `advance` gets the bytes.
 
     A line that is no JSON object with a finite number as `score` is counted and named in `reading`, and left out.
     """

@@ -18,7 +18,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,16 +110,16 @@ def _sums(count: int, held_out: bool, rng: random.Random) -> list[Problem]:
     return chosen
 
 
-def warm_start(model, text_tokenizer, steps: int, seed: int, batch_size: int = 128, say: Callable[[str], None] = print):
+def warm_start(model, text_tokenizer, steps: int, seed: int, batch_size: int = 128):
     """Train `model` in place for `steps` steps of AdamW on demonstrations; the loss is on the answer's tokens."""
     from torch.nn.functional import cross_entropy
+    from tqdm import trange
 
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    line = Line(say)
     model.train()
-    for step in range(1, steps + 1):
+    for _ in (line := trange(steps, desc="warm start", disable=None)):
         turns = [(p.question + "\n", demonstration(p, rng) + END) for p in _sums(batch_size, False, rng)]
         prompts, answers = (text_tokenizer(list(side))["input_ids"] for side in zip(*turns, strict=True))
         width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
@@ -137,23 +136,9 @@ def warm_start(model, text_tokenizer, steps: int, seed: int, batch_size: int = 1
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        line.update(f"warm start: step {step}/{steps}, loss {loss.item():.3f}", last=step == steps)
+        line.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
     return model
-
-
-class Line:
-    """Progress on one terminal line; without a terminal, about every ten seconds a line of its own."""
-
-    def __init__(self, say: Callable[[str], None] = print):
-        self.say, self.terminal, self.next = say, sys.stderr.isatty(), 0.0
-
-    def update(self, text: str, last: bool) -> None:
-        if self.terminal:
-            print(f"\r{text}\033[K", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif last or time.monotonic() >= self.next:
-            self.say(text)
-            self.next = time.monotonic() + 10
 
 
 @torch.no_grad()
@@ -202,7 +187,7 @@ def build(
     began = time.monotonic()
     text_tokenizer = tokenizer()
     model = untrained(len(text_tokenizer), text_tokenizer.pad_token_id, text_tokenizer.eos_token_id, seed)
-    warm_start(model, text_tokenizer, steps, seed, say=say)
+    warm_start(model, text_tokenizer, steps, seed)
     sampled = sampled_reward(model, text_tokenizer, count=512, seed=seed)
 
     partial = out.with_name(out.name + ".partial")

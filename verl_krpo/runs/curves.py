@@ -55,8 +55,8 @@ def read(path: str | os.PathLike) -> Run:
     series = log.series(path)
     if not (REWARD in series or ACCURACY in series):
         raise ValueError(f"{path} holds neither {REWARD} nor val-core/*/acc/mean@*: has the first step ended?")
-    found = (series.get(metric, {}) for metric in (REWARD, SECONDS, ACCURACY))
-    return Run(log.name_of(path), path if path.is_dir() else path.parent, *found)
+    of_run = (series.get(metric, {}) for metric in (REWARD, SECONDS, ACCURACY))
+    return Run(log.name_of(path), path if path.is_dir() else path.parent, *of_run)
 
 
 def smoothed(values: Sequence[float], window: int = WINDOW) -> list[float]:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import trange
 
 from verl_krpo.backends import tiny_model
 from verl_krpo.studies.training.lab import log_probs, sample
@@ -110,8 +111,7 @@ def build(path: Path, length: int, steps: int = 900, batch_size: int = 64) -> No
     drawn_anew = (1 - RIGHT ** (1 / length)) / 0.9  # one in ten is right by chance
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    line = tiny_model.Line()
-    for step in range(1, steps + 1):
+    for _ in (line := trange(steps, desc="warm start", disable=None)):
         prompts, answers = questions(tokenizer, batch_size, length, generator)
         wrong = torch.rand(answers.shape, generator=generator) < drawn_anew
         wrong[:, -1] = False
@@ -123,7 +123,7 @@ def build(path: Path, length: int, steps: int = 900, batch_size: int = 64) -> No
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        line.update(f"warm start: step {step}/{steps}, loss {loss.item():.3f}", last=step == steps)
+        line.set_postfix(loss=f"{loss.item():.3f}")
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
