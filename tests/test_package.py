@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import verl_krpo
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,3 +53,8 @@ def test_installing_it_beside_verl_changes_no_other_package(wheel, tmp_path):
         timeout=240,
     )
     assert json.loads(report.read_text())["install"] == []
+
+
+def test_the_command_names_its_version():
+    done = subprocess.run([sys.executable, "-m", "verl_krpo", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"{verl_krpo.__version__}\n")
