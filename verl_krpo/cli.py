@@ -275,6 +275,21 @@ def training(
 
 
 @study.command()
+def gradient(
+    out: Out,
+    condition: Annotated[str, typer.Option(help="A name from studies/training/conditions.py.")] = "pairs",
+    batches: Annotated[int, typer.Option(help="For each checkpoint; 2 MB of memory each and method.")] = 100,
+    model: Annotated[Path, typer.Option(help="The tiny model, made there if it is not.")] = Path("runs/model/tiny"),
+) -> None:
+    """Signal-to-noise of the tiny model's own policy gradient, early, midway and late in training (minutes)."""
+    from verl_krpo.backends.tiny_model import build
+    from verl_krpo.studies import gradient
+
+    build(model)
+    print(gradient.run(out, model, condition, batches))
+
+
+@study.command()
 def off_policy(
     out: Out,
     condition: Annotated[str, typer.Option(help="A name from studies/off_policy.py.")] = "calm",

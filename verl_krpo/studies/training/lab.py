@@ -16,6 +16,7 @@ import copy
 import functools
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +127,7 @@ def scores(tokenizer, responses: Tensor, problems: list[Problem], size: int) -> 
     return torch.tensor(values, dtype=torch.float64).view(len(problems), size)
 
 
-def visits(condition: Condition, seed: int):
+def visits(condition: Condition, seed: int) -> Iterator[list[Problem]]:
     """The problems of every step: always new ones, or those of a pool, again and again in a new order."""
     rng = random.Random(seed)
     pool = sums(rng, condition.pool)
@@ -140,6 +141,58 @@ def visits(condition: Condition, seed: int):
         yield [waiting.pop() for _ in range(condition.prompts)]
 
 
+class Rollouts(NamedTuple):
+    """A step's samples: prompts (prompts, tokens), responses and mask (rows, tokens), and what an estimator sees."""
+
+    prompts: Tensor
+    responses: Tensor
+    mask: Tensor
+    batch: Batch
+
+
+def roll(first: Start, model, condition: Condition, problems: list[Problem], seed: int, step: int) -> Rollouts:
+    generator = torch.Generator().manual_seed(seed * 100_003 + step)
+    noise = NOISES[condition.noise](condition.level, (condition.prompts, condition.size), generator)
+    prompts = first.encode(problems)
+    end, pad = first.tokenizer.eos_token_id, first.tokenizer.pad_token_id
+    responses, mask = sample(model, prompts, condition.size, end, pad, generator)
+    rewards = noise(scores(first.tokenizer, responses, problems, condition.size))
+    lengths = mask.sum(1).view_as(rewards)
+    return Rollouts(prompts, responses, mask, Batch(rewards, lengths, [p.question for p in problems], step))
+
+
+def surrogate(model, rolled: Rollouts, advantage: Tensor, kl: float = 0.0, reference=None) -> Tensor:
+    """The loss whose gradient is the policy gradient of advantages (prompts, size), with kl * k3 to the reference."""
+    size = advantage.shape[1]
+    rows = advantage.flatten().nonzero()[:, 0]
+    if kl or not len(rows):  # elsewhere a row without advantage has no gradient, but counts among the tokens
+        rows = torch.arange(advantage.numel())
+    responses, owner = rolled.responses[rows], rows // size
+    log_prob = log_probs(model, rolled.prompts, responses, owner)
+    loss = -advantage.flatten()[rows, None].float() * log_prob
+    if kl:
+        with torch.no_grad():
+            apart = log_probs(reference, rolled.prompts, responses, owner)
+        apart = apart - log_prob
+        loss = loss + kl * (apart.exp() - apart - 1)
+    return (loss * rolled.mask[rows]).sum() / rolled.mask.sum()
+
+
+def train(first: Start, condition: Condition, method: str, seed: int) -> Iterator[tuple[torch.nn.Module, list[float]]]:
+    """The model after every step, and the step's mean reward, standard deviation of A and norm of the gradient."""
+    model = copy.deepcopy(first.model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=condition.learning_rate, fused=True)
+    estimate = METHODS[method]()
+    for step, problems in zip(range(condition.steps), visits(condition, seed), strict=False):
+        rolled = roll(first, model, condition, problems, seed, step)
+        advantage = estimate(rolled.batch)
+        optimizer.zero_grad(set_to_none=True)
+        surrogate(model, rolled, advantage, condition.kl, first.model).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        optimizer.step()
+        yield model, [float(rolled.batch.rewards.mean()), float(advantage.std()), float(norm)]
+
+
 def run(path: Path, condition: str, method: str, seed: int) -> dict:
     """Train from the model at `path` under a condition and a method of these names; the run's line of the CSV.
 
@@ -147,48 +200,19 @@ def run(path: Path, condition: str, method: str, seed: int) -> dict:
     reward, advantage_std, gradient_norm: means over the steps; the reward is that with noise.
     """
     began = time.perf_counter()
-    condition = CONDITIONS[condition]
-    first = start(path)
-    model = copy.deepcopy(first.model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=condition.learning_rate, fused=True)
-    estimate = METHODS[method]()
-    end, pad = first.tokenizer.eos_token_id, first.tokenizer.pad_token_id
-    curve, means = [accuracy(model, first.held_out)], []
-    for step, problems in zip(range(condition.steps), visits(condition, seed), strict=False):
-        generator = torch.Generator().manual_seed(seed * 100_003 + step)
-        noise = NOISES[condition.noise](condition.level, (condition.prompts, condition.size), generator)
-        prompts = first.encode(problems)
-        responses, mask = sample(model, prompts, condition.size, end, pad, generator)
-        rewards = noise(scores(first.tokenizer, responses, problems, condition.size))
-        lengths = mask.sum(1).view_as(rewards)
-        advantage = estimate(Batch(rewards, lengths, [p.question for p in problems], step)).flatten().float()
-
-        # A row without advantage has no gradient, but counts among the tokens.
-        rows = torch.arange(len(responses)) if condition.kl else advantage.nonzero()[:, 0]
-        norm = 0.0
-        if len(rows):
-            owner, responses = rows // condition.size, responses[rows]
-            log_prob = log_probs(model, prompts, responses, owner)
-            loss = -advantage[rows, None] * log_prob
-            if condition.kl:
-                with torch.no_grad():
-                    reference = log_probs(first.model, prompts, responses, owner)
-                apart = reference - log_prob
-                loss = loss + condition.kl * (apart.exp() - apart - 1)
-            ((loss * mask[rows]).sum() / mask.sum()).backward()
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        means.append([float(rewards.mean()), float(advantage.std()), norm])
-        if (step + 1) % condition.every == 0:
+    settings, first = CONDITIONS[condition], start(path)
+    curve, means = [accuracy(first.model, first.held_out)], []
+    for step, (model, of_step) in enumerate(train(first, settings, method, seed), start=1):
+        means.append(of_step)
+        if step % settings.every == 0:
             curve.append(accuracy(model, first.held_out))
     reward, advantage_std, gradient_norm = torch.tensor(means).mean(0).tolist()
     return {
-        "condition": condition.name,
+        "condition": condition,
         "method": method,
         "seed": seed,
-        "learning_rate": condition.learning_rate,
-        "rollouts": condition.prompts * condition.size * condition.every,
+        "learning_rate": settings.learning_rate,
+        "rollouts": settings.prompts * settings.size * settings.every,
         "curve": " ".join(f"{value:.4f}" for value in curve),
         "reward": reward,
         "advantage_std": advantage_std,
