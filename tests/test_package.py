@@ -43,11 +43,12 @@ def test_installing_it_beside_verl_changes_no_other_package(wheel, tmp_path):
     subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True, timeout=240)
     (ours,) = json.loads(report.read_text())["install"]
     requires = ours["metadata"]["requires_dist"]
-    assert [needed for needed in requires if "extra ==" not in needed] == ["verl>=0.7", "wrapt"]
+    needed = [each for each in requires if "extra ==" not in each]
+    assert needed[0] == "verl>=0.7" and all(name.isalnum() for name in needed[1:])  # no versions
 
     # With verl there, resolving them brings nothing in.
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", str(report), "verl>=0.7", "wrapt"],
+        [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", str(report), *needed],
         check=True,
         capture_output=True,
         timeout=240,
@@ -58,3 +59,24 @@ def test_installing_it_beside_verl_changes_no_other_package(wheel, tmp_path):
 def test_the_command_names_its_version():
     done = subprocess.run([sys.executable, "-m", "verl_krpo", "--version"], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, f"{verl_krpo.__version__}\n")
+
+
+def test_the_constraints_are_the_tested_versions_and_leave_torch_and_verl_to_setup():
+    from packaging.requirements import Requirement
+
+    from verl_krpo import versions
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {need.name: str(need.specifier) for need in map(Requirement, (x for x in lines if x and x[0] != "#"))}
+    assert {"torch", "verl"}.isdisjoint(pinned)
+    for name in ("ray", "transformers"):
+        assert pinned[name] == f"=={versions.PACKAGES[name]}"
+    setup = (ROOT / "scripts/setup.sh").read_text()
+    assert all(f"{name}=={versions.PACKAGES[name]}}}" in setup for name in ("torch", "verl"))
+
+
+def test_the_workflow_calls_scripts_that_are_there():
+    import re
+
+    called = re.findall(r"bash (scripts/\S+)", (ROOT / ".github/workflows/tests.yml").read_text())
+    assert len(called) >= 4 and all((ROOT / script).is_file() for script in called)
