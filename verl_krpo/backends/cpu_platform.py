@@ -7,7 +7,6 @@ Three things make verl's V1 trainer run there: a platform that answers verl's qu
 """
 
 import contextlib
-import math
 import os
 import resource
 import types
@@ -16,6 +15,8 @@ import ray
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.plugin.platform import PlatformBase, PlatformRegistry
+
+from verl_krpo.backends import memory
 
 from verl_krpo.backends import vllm_cpu
 
@@ -178,27 +179,27 @@ def prepare(config: DictConfig) -> None:
         default(f"{rollout}.nnodes", 0, 1)
         default(f"{rollout}.checkpoint_engine.backend", "naive", "gloo")
         default(f"{rollout}.checkpoint_engine.custom_backend_module", None, "verl_krpo.backends.gloo_checkpoint")
-    _one_micro_batch(config, default)
+    _micro_batches(config, default)
     _watched_sampler(config, default)
     _ray_resources(config, default)
     if settings.changed:
         print("VERL_PLATFORM=cpu sets", " ".join(f"{key}={value}" for key, value in settings.changed.items()))
+    if line := memory.needed(config):
+        print(line)
 
 
-def _one_micro_batch(config: DictConfig, default) -> None:
-    """Without a GPU's memory to fit, one micro-batch a rank is fastest, where the user chose no size."""
-    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    if actor.use_dynamic_bsz:
+def _micro_batches(config: DictConfig, default) -> None:
+    """Where the user chose no size: as many tokens a micro-batch as fit in MICRO_BATCH_BYTES, as few for all roles."""
+    actor, ref, rollout = (config.actor_rollout_ref[role] for role in ("actor", "ref", "rollout"))
+    given = [actor.ppo_micro_batch_size, actor.ppo_micro_batch_size_per_gpu]
+    given += [role[f"log_prob_micro_batch_size{ending}"] for role in (ref, rollout) for ending in ("", "_per_gpu")]
+    if actor.use_dynamic_bsz or any(size is not None for size in given):
         return
-    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    updates = config.trainer.v1.get(config.trainer.v1.trainer_mode, {}).get("parameter_sync_step", 1)
-    rows = math.ceil(config.data.train_batch_size // updates * rollout.n / ranks)
-    if actor.ppo_micro_batch_size is None:
-        mini = math.ceil(actor.ppo_mini_batch_size * rollout.n / ranks)
-        default("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", None, mini)
-    for role in ("rollout", "ref"):
-        if config.actor_rollout_ref[role].log_prob_micro_batch_size is None:
-            default(f"actor_rollout_ref.{role}.log_prob_micro_batch_size_per_gpu", None, rows)
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    model = memory.model_config(config.actor_rollout_ref.model.path)
+    tokens = memory.MICRO_BATCH_BYTES // memory.token_bytes(model) if model else 16384
+    default("actor_rollout_ref.actor.use_dynamic_bsz", False, True)  # ref and rollout follow the actor
+    default("actor_rollout_ref.actor.ppo_max_token_len_per_gpu", 16384, max(tokens, longest))
 
 
 def _watched_sampler(config: DictConfig, default) -> None:

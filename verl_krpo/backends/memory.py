@@ -1,0 +1,66 @@
+"""What a run without a GPU needs of the machine's memory: estimates, good to about a third, from the model's config."""
+
+import os
+
+import psutil
+from omegaconf import DictConfig, OmegaConf
+
+MICRO_BATCH_BYTES = 2 << 30  # more makes no step faster: matrices of a few hundred tokens keep the cores busy
+PROCESS_BYTES = 1 << 29  # Python with torch and verl
+
+
+def model_config(path: str):
+    """The config of a model in a folder or on the hub, None where there is none (preflight says why)."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return None
+
+
+def parameters(model) -> int:
+    """About how many a dense decoder has: embeddings, attention with grouped keys, a gated feed-forward network."""
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    shared = (getattr(model, "num_key_value_heads", None) or heads) / heads
+    layer = (2 + 2 * shared) * hidden**2 + 3 * hidden * model.intermediate_size
+    return round(model.num_hidden_layers * layer + model.vocab_size * hidden * (1 if model.tie_word_embeddings else 2))
+
+
+def token_bytes(model) -> int:
+    """Bytes that a token of a micro-batch takes in float32: six rows of logits, and what the layers keep to go back."""
+    layer = 10 * model.hidden_size + 5 * model.intermediate_size
+    return 4 * (6 * model.vocab_size + model.num_hidden_layers * layer)
+
+
+def needed(config: DictConfig) -> str | None:
+    """A line that says what memory the job needs and what is free; None for a model that `parameters` is not about."""
+    at = config.actor_rollout_ref
+    model = model_config(at.model.path)
+    if not all(hasattr(model, key) for key in ("num_hidden_layers", "intermediate_size", "num_attention_heads")):
+        return None
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    rows = config.data.train_batch_size * at.rollout.n
+    if at.actor.use_dynamic_bsz:
+        tokens = at.actor.ppo_max_token_len_per_gpu
+    else:
+        size = at.actor.ppo_micro_batch_size_per_gpu or at.actor.ppo_micro_batch_size
+        tokens = (size or at.actor.ppo_mini_batch_size * at.rollout.n) * longest
+    tokens = min(tokens, rows * longest)
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    cache = 8 * rows * longest * model.num_hidden_layers * heads * model.hidden_size // model.num_attention_heads
+    storage = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
+    processes = 3 + storage + 2 * ranks + at.rollout.agent.num_workers + config.reward.num_workers
+    copies = 4 * ranks + (1 if at.actor.use_kl_loss else 0) + 4  # weights, gradients, Adam's two; in each server one
+    copies = 4 + (1 if at.actor.use_kl_loss or config.algorithm.use_kl_in_reward else 0) + ranks
+    parts = {
+        f"weights, gradients and optimizer of {parameters(model) / 1e6:,.0f}M parameters": 4 * parameters(model) * copies,
+        f"micro-batches of {tokens:,} tokens": ranks * tokens * token_bytes(model),
+        f"the cache of {rows} answers": cache,
+        f"{processes} processes": processes * PROCESS_BYTES,
+    }
+    total, free = sum(parts.values()), psutil.virtual_memory().available
+    listed = ", ".join(f"{size / 2**30:.1f} for {what}" for what, size in parts.items())
+    line = f"memory: about {total / 2**30:.1f} GiB ({listed}); {free / 2**30:.1f} GiB are free"
+    return line if total <= free else f"{line}. {advice(config)}"
