@@ -40,6 +40,7 @@ if [[ -z $MODEL_PATH ]]; then
     "$python" -m verl_krpo tiny-model --out "$MODEL_PATH"
 else
     echo "[2/4] model: $MODEL_PATH, as it is"
+    [[ -d $MODEL_PATH ]] || "$python" -c 'import sys, huggingface_hub as hub; hub.snapshot_download(sys.argv[1])' "$MODEL_PATH"
 fi
 
 echo "[3/4] training: $STEPS steps with $METHOD; verl's own output goes to $RUN_DIR/log.txt"

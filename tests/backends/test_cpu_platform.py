@@ -43,7 +43,7 @@ def test_a_plain_command_line_gets_what_a_cpu_needs(prepared):
         assert not engine.use_torch_compile
     assert rollout.dtype == "float32" and config.actor_rollout_ref.model.use_remove_padding is False
     assert config.actor_rollout_ref.model.override_config.attn_implementation == "sdpa"
-    assert (actor.ppo_micro_batch_size_per_gpu, rollout.log_prob_micro_batch_size_per_gpu) == (32, 64)
+    assert actor.use_dynamic_bsz and rollout.log_prob_use_dynamic_bsz and ref.log_prob_use_dynamic_bsz
     assert config.ray_kwargs.ray_init.runtime_env.env_vars.VERL_PLATFORM == "cpu"
 
 

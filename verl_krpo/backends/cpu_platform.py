@@ -16,9 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
-from verl_krpo.backends import memory
-
-from verl_krpo.backends import vllm_cpu
+from verl_krpo.backends import memory, vllm_cpu
 
 FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
@@ -184,22 +182,25 @@ def prepare(config: DictConfig) -> None:
     _ray_resources(config, default)
     if settings.changed:
         print("VERL_PLATFORM=cpu sets", " ".join(f"{key}={value}" for key, value in settings.changed.items()))
-    if line := memory.needed(config):
-        print(line)
+        print(memory.needed(config) or "memory: unknown, the model's config has not been read")
 
 
 def _micro_batches(config: DictConfig, default) -> None:
-    """Where the user chose no size: as many tokens a micro-batch as fit in MICRO_BATCH_BYTES, as few for all roles."""
-    actor, ref, rollout = (config.actor_rollout_ref[role] for role in ("actor", "ref", "rollout"))
-    given = [actor.ppo_micro_batch_size, actor.ppo_micro_batch_size_per_gpu]
-    given += [role[f"log_prob_micro_batch_size{ending}"] for role in (ref, rollout) for ending in ("", "_per_gpu")]
-    if actor.use_dynamic_bsz or any(size is not None for size in given):
+    """Where the user chose no size: micro-batches of as many tokens as memory.MICRO_BATCH_BYTES holds."""
+    actor = config.actor_rollout_ref.actor
+    if actor.use_dynamic_bsz:
         return
-    longest = config.data.max_prompt_length + config.data.max_response_length
-    model = memory.model_config(config.actor_rollout_ref.model.path)
-    tokens = memory.MICRO_BATCH_BYTES // memory.token_bytes(model) if model else 16384
-    default("actor_rollout_ref.actor.use_dynamic_bsz", False, True)  # ref and rollout follow the actor
-    default("actor_rollout_ref.actor.ppo_max_token_len_per_gpu", 16384, max(tokens, longest))
+    if actor.ppo_micro_batch_size is None and actor.ppo_micro_batch_size_per_gpu is None:
+        longest = config.data.max_prompt_length + config.data.max_response_length
+        model = memory.model_config(config.actor_rollout_ref.model.path)
+        tokens = memory.MICRO_BATCH_BYTES // memory.token_bytes(model) if model else longest
+        default("actor_rollout_ref.actor.use_dynamic_bsz", False, True)  # ref and rollout follow
+        default("actor_rollout_ref.actor.ppo_max_token_len_per_gpu", 16384, max(tokens, longest))
+        return
+    for role in ("rollout", "ref"):
+        if config.actor_rollout_ref[role].log_prob_micro_batch_size is None:
+            size = actor.ppo_micro_batch_size_per_gpu or 1
+            default(f"actor_rollout_ref.{role}.log_prob_micro_batch_size_per_gpu", None, size)
 
 
 def _watched_sampler(config: DictConfig, default) -> None:

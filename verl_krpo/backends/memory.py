@@ -3,18 +3,22 @@
 import os
 
 import psutil
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-MICRO_BATCH_BYTES = 2 << 30  # more makes no step faster: matrices of a few hundred tokens keep the cores busy
+MICRO_BATCH_BYTES = 2 << 30  # for logits and layers: 770 tokens of a model of 135M parameters and 49k words
 PROCESS_BYTES = 1 << 29  # Python with torch and verl
+LOWER = (
+    "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu (a micro-batch's tokens), then data.train_batch_size, "
+    "actor_rollout_ref.rollout.n or data.max_response_length (the answers of a step), or take a smaller model"
+)
 
 
 def model_config(path: str):
-    """The config of a model in a folder or on the hub, None where there is none (preflight says why)."""
+    """The config of a model in a folder or in the hub's cache, None where there is none."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(os.path.expanduser(path))
+        return AutoConfig.from_pretrained(os.path.expanduser(path), local_files_only=True)
     except (OSError, ValueError):
         return None
 
@@ -34,33 +38,30 @@ def token_bytes(model) -> int:
 
 
 def needed(config: DictConfig) -> str | None:
-    """A line that says what memory the job needs and what is free; None for a model that `parameters` is not about."""
+    """A line that says what memory the job needs and what is free; None for a model that is no dense decoder."""
     at = config.actor_rollout_ref
     model = model_config(at.model.path)
-    if not all(hasattr(model, key) for key in ("num_hidden_layers", "intermediate_size", "num_attention_heads")):
+    if not all(hasattr(model, key) for key in ("num_hidden_layers", "num_attention_heads", "intermediate_size")):
         return None
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     longest = config.data.max_prompt_length + config.data.max_response_length
     rows = config.data.train_batch_size * at.rollout.n
-    if at.actor.use_dynamic_bsz:
-        tokens = at.actor.ppo_max_token_len_per_gpu
-    else:
-        size = at.actor.ppo_micro_batch_size_per_gpu or at.actor.ppo_micro_batch_size
-        tokens = (size or at.actor.ppo_mini_batch_size * at.rollout.n) * longest
-    tokens = min(tokens, rows * longest)
-    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    cache = 8 * rows * longest * model.num_hidden_layers * heads * model.hidden_size // model.num_attention_heads
+    size = at.actor.ppo_micro_batch_size_per_gpu or at.actor.ppo_mini_batch_size * at.rollout.n
+    tokens = at.actor.ppo_max_token_len_per_gpu if at.actor.use_dynamic_bsz else size * longest
+    tokens = min(tokens, rows * longest // ranks)
+    key_heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    cached = 8 * model.num_hidden_layers * key_heads * model.hidden_size // model.num_attention_heads  # a token
+    reference = at.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+    copies = 4 + reference + ranks  # weights, gradients and Adam's two are shared out to the ranks; a server has a copy
     storage = config.transfer_queue.backend.SimpleStorage.num_data_storage_units
     processes = 3 + storage + 2 * ranks + at.rollout.agent.num_workers + config.reward.num_workers
-    copies = 4 * ranks + (1 if at.actor.use_kl_loss else 0) + 4  # weights, gradients, Adam's two; in each server one
-    copies = 4 + (1 if at.actor.use_kl_loss or config.algorithm.use_kl_in_reward else 0) + ranks
     parts = {
-        f"weights, gradients and optimizer of {parameters(model) / 1e6:,.0f}M parameters": 4 * parameters(model) * copies,
+        f"{copies} copies of {parameters(model) / 1e6:,.0f}M parameters": 4 * copies * parameters(model),
         f"micro-batches of {tokens:,} tokens": ranks * tokens * token_bytes(model),
-        f"the cache of {rows} answers": cache,
+        f"the cache of {rows:,} answers": rows * longest * cached,
         f"{processes} processes": processes * PROCESS_BYTES,
     }
     total, free = sum(parts.values()), psutil.virtual_memory().available
     listed = ", ".join(f"{size / 2**30:.1f} for {what}" for what, size in parts.items())
     line = f"memory: about {total / 2**30:.1f} GiB ({listed}); {free / 2**30:.1f} GiB are free"
-    return line if total <= free else f"{line}. {advice(config)}"
+    return line if total <= free else f"{line}. It will not fit. {LOWER}"

@@ -1,10 +1,16 @@
 """What the terminal shows of a job whose output goes to a file: all of it, or one line of progress."""
 
+import re
 import sys
 from collections import deque
 from pathlib import Path
 
+from verl_krpo.backends.memory import LOWER
 from verl_krpo.runs.log import METRICS, REWARD, SECONDS, accuracy, rows
+
+MEMORY = re.compile(r"^memory: .+\n", re.MULTILINE)  # what the CPU platform says before Ray starts
+OUT_OF_MEMORY = re.compile(r"Memory on the node \(.*?\).*? was ([\d.]+)GB(?: used)? / ([\d.]+)GB")
+TOP_USER = re.compile(r"PID\s+MEM\(GB\)\s+COMMAND\s+\d+\s+([\d.]+)\s+(\S+)")
 
 
 class Output:
@@ -28,11 +34,14 @@ class Line:
     def __init__(self, log: Path):
         from tqdm import tqdm
 
-        self.log, self.step, self.size = log, -1, 0
+        self.log, self.step, self.size, self.memory = log, -1, 0, None
         self.line = tqdm(bar_format="{desc} [{elapsed}]", desc="starting verl: Ray, workers, model", disable=None)
 
     def update(self) -> None:
         self.line.refresh()
+        if self.memory is None and (found := MEMORY.search(self.log.read_text(errors="replace"))):
+            self.memory = found[0]
+            self.line.write(self.memory)
         metrics = self.log.parent / METRICS
         if not metrics.exists() or metrics.stat().st_size == self.size:
             return
@@ -51,6 +60,18 @@ class Line:
         if failed:
             with open(self.log, errors="replace") as lines:
                 print("".join(deque(lines, 40)), file=sys.stderr)
+            if reason := out_of_memory(self.log.read_text(errors="replace")):
+                print(reason, file=sys.stderr)
+
+
+def out_of_memory(log: str) -> str | None:
+    """Ray's report of a node that ran out of memory in a sentence, with the keys to lower; None without one."""
+    found = OUT_OF_MEMORY.search(log)
+    if found is None:
+        return None
+    largest = TOP_USER.search(log, found.start())
+    most = f", {largest[1]} GB of them by {largest[2].strip()}" if largest else ""
+    return f"Ray ended the job for memory: {found[1]} of {found[2]} GB were in use{most}. {LOWER}"
 
 
 def summary(step: int, data: dict) -> str:
