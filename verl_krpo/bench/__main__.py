@@ -3,6 +3,7 @@
     filter   the Kalman filters against the published approach
     kpo      the KPO loss, forward and backward, against verl's vanilla and the published loss
     krpo     the KRPO estimator against verl's grpo and grpo_vectorized (on a CPU, where verl computes advantages)
+    reward   answers that the mathematics reward grades in a second, against verl's wrapper and math-verify alone
 
 One thread on a CPU.
 """
@@ -14,10 +15,10 @@ from pathlib import Path
 import torch
 
 from verl_krpo.bench import filter as filter_bench
-from verl_krpo.bench import kpo, krpo
+from verl_krpo.bench import kpo, krpo, reward
 from verl_krpo.bench.timing import machine, markdown
 
-TABLES = {"filter": filter_bench.table, "kpo": kpo.table, "krpo": krpo.table}
+TABLES = {"filter": filter_bench.table, "kpo": kpo.table, "krpo": krpo.table, "reward": reward.table}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,8 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and (options.table == "krpo" or not torch.cuda.is_available()):
-        parser.error("krpo runs on a CPU only" if options.table == "krpo" else "no CUDA device here")
+    if options.device == "cuda" and (options.table in ("krpo", "reward") or not torch.cuda.is_available()):
+        parser.error(f"{options.table} runs on a CPU only" if torch.cuda.is_available() else "no CUDA device here")
     torch.set_num_threads(1)
     rows = TABLES[options.table](options.rounds, options.device)
     print(markdown(rows))

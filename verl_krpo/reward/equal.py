@@ -31,6 +31,7 @@ _SPELLINGS = [
         # LaTeX
         (r"\\[dtc]frac(?![a-z])", r"\\frac"),
         (r"\\(?:text(?:bf|it|rm|sf|normal)|math(?:bf|it|rm|sf)|mbox|operatorname)\s*\{", r"\\text{"),
+        (r"\\text\{ *([-+]?[\d.,]*\d) *\}", r"\1"),
         (r"\\varnothing(?![a-z])|\\\{ *\\\}", r"\\emptyset "),
         (r"\\leq(?:slant)?(?![a-z])|<=", r"\\le "),
         (r"\\geq(?:slant)?(?![a-z])|>=", r"\\ge "),
@@ -44,7 +45,7 @@ _SPELLINGS = [
         (r"(?<![a-zA-Z\\])inf(?:ini)?ty(?![a-zA-Z])", r"\\infty "),
         (r"(?<![a-zA-Z\\])((?:arc)?(?:sin|cos|tan)|log|ln)(?=[ (^_])", r"\\\1"),
         (r"(?<=\d) ?[x*] ?(?=10 ?\^)", r"\\times "),
-        (r"(?<![a-zA-Z\\.\d])(\d[\d,]*\.?\d*|\.\d+)[eE]([+-]?\d+)(?![\w.])", r"\1\\times 10^{\2}"),
+        (r"(?<![a-zA-Z\\.\d])(\d[\d,]*\.?\d*|\.\d+)[eE]([+-]?\d+)(?!\w|\.\d)", r"\1\\times 10^{\2}"),
         (r"\*", r"\\cdot "),
         (r"(?<=\d)\.(?![\d\\])", ""),
         # arguments in braces
