@@ -26,9 +26,19 @@ def _same(answer: sympy.Basic | sympy.MatrixBase, truth: sympy.Basic | sympy.Mat
     if isinstance(answer, sympy.Expr) and isinstance(truth, sympy.Expr):
         if not answer.free_symbols and not truth.free_symbols:
             return _same_constant(answer.doit(), truth.doit())
-    return verify(
-        truth, answer, numeric_precision=1000, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=False
-    )
+    try:
+        return verify(
+            truth,
+            answer,
+            numeric_precision=1000,
+            allow_set_relation_comp=True,
+            timeout_seconds=None,
+            raise_on_error=True,
+        )
+    except MemoryError:
+        raise
+    except Exception:  # sympy's many ways to say that it cannot compare a matrix with a set
+        return False
 
 
 def _solutions(expression):

@@ -13,7 +13,7 @@ MAX_EXPONENT = 4000  # a larger power of ten is left to algebra.py, where what i
 _CHARACTERS = {
     "\u2212": "-", "\u2013": "-", "\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u22c5": "\\cdot ", "\u00f7": "/",
     "\u03c0": "\\pi ", "\u221e": "\\infty ", "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u2208": "\\in ",
-    "\u00b1": "\\pm ", "\u222a": "\\cup ", "\u2205": "\\emptyset ", "\u00b0": "\\degree ", "\u221a": "\\sqrt ",
+    "\u00b1": "\\pm ", "\u222a": "\\cup ", "\u2205": "\\emptyset ", "\u00b0": "\\degree ", "\u221a": "sqrt ",
     "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}",
     "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\uff0c": ", ",
 }  # fmt: skip
@@ -41,6 +41,7 @@ _SPELLINGS = [
         (r",? ?(?:\\text\{\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])) ?", ", "),
         # plain text
         (r"\*\*", "^"),
+        (r"(?<![a-zA-Z\\])sqrt *(\d+)", r"\\sqrt{\1}"),
         (r"(?<![a-zA-Z\\])(pi|sqrt)(?![a-zA-Z])", r"\\\1 "),
         (r"(?<![a-zA-Z\\])inf(?:ini)?ty(?![a-zA-Z])", r"\\infty "),
         (r"(?<![a-zA-Z\\])((?:arc)?(?:sin|cos|tan)|log|ln)(?=[ (^_])", r"\\\1"),
@@ -73,7 +74,7 @@ _NUMBERS = [
     )
 ]
 _BASED = re.compile(r"(\d[\dA-Z]*) ?(?:_|(?:\\text\{)? ?(?=base))\{?(?:\\text\{)? ?(?:base)? ?\}? ?(\d+) ?\}*")
-_PERCENT = re.compile(r" ?(?:\\?%|\\text\{ ?percent ?\}|percent)")
+_PERCENT = re.compile(r" ?(?:\\?%|\\text\{ ?percent(?:age)? ?\}|percent(?:age)?)")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 # Words after a number are its unit and go. Only these are compared, where both sides have one.
@@ -203,7 +204,7 @@ def _is_words(latex: str) -> bool:
 
 
 def _plain(latex: str) -> str:
-    return re.sub(r"[\s,.'\"-]+", " ", _TEXT.sub(r"\1", latex)).strip().lower()
+    return re.sub(r"(?:[\s,'\"]|[.-](?!\d))+", " ", _TEXT.sub(r"\1", latex)).strip().lower()
 
 
 def same(answer: Answer, truth: Answer) -> bool | None:
