@@ -8,7 +8,7 @@ from pathlib import Path
 from verl_krpo.backends.memory import LOWER
 from verl_krpo.runs.log import METRICS, REWARD, SECONDS, accuracy, rows
 
-MEMORY = re.compile(r"^memory: .+\n", re.MULTILINE)  # what the CPU platform says before Ray starts
+MEMORY = re.compile(r"^memory: .+(?=\n)", re.MULTILINE)  # what the CPU platform says before Ray starts
 OUT_OF_MEMORY = re.compile(r"Memory on the node \(.*?\).*? was ([\d.]+)GB(?: used)? / ([\d.]+)GB")
 TOP_USER = re.compile(r"PID\s+MEM\(GB\)\s+COMMAND\s+\d+\s+([\d.]+)\s+(\S+)")
 
