@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from verl_krpo.advantage.krpo import krpo
-from verl_krpo.config import KpoConfig, KrpoConfig
+from verl_krpo.advantage.memory import PromptMemory
+from verl_krpo.config import MEMORY, KpoConfig, KrpoConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -149,7 +150,9 @@ def test_every_metric_is_in_the_glossary():
     from verl_krpo.plugin import loss, metrics
 
     rewards, index = torch.tensor([1.0, 0, 0, 1, 1]), ["a", "a", "b", "b", "c"]
-    logged = set(metrics.scalars(krpo(rewards, index, KrpoConfig()), 1e-5))
+    logged = set(metrics.scalars(krpo(rewards, index, KrpoConfig()), KrpoConfig()))
+    memory = krpo(rewards, index, MEMORY, memory=PromptMemory()).memory
+    logged |= set(metrics.scalars(krpo(rewards, index, MEMORY, memory=memory), MEMORY))
     config = SimpleNamespace(policy_loss={}, clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
     config.global_batch_info = {}
     ones = torch.ones(2, 3)

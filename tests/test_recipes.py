@@ -38,6 +38,7 @@ TABLE = {
     "gspo": ("grpo", "gspo", "seq-mean-token-mean", (3e-4, 4e-4)),
     "krpo": ("krpo", "vanilla", None, None),
     "krpo_adaptive": ("krpo", "vanilla", None, None),
+    "krpo_memory": ("krpo", "vanilla", None, None),
     "kpo": ("grpo", "kpo", "seq-mean-token-mean", (3e-4, 4e-4)),
     "kpo_unclipped": ("grpo", "kpo", "seq-mean-token-mean", (3e-4, 4e-4)),
     "krpo_kpo": ("krpo", "kpo", "seq-mean-token-mean", (3e-4, 4e-4)),

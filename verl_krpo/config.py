@@ -183,6 +183,8 @@ class KpoConfig:
 ADAPTIVE = KrpoConfig(**SHRUNK, scale=Scale.innovation_std)
 # The same with a state a prompt that lasts, the preset `krpo_memory`.
 MEMORY = replace(ADAPTIVE, memory=Memory.prompt)
+# By name: of algorithm.adv_estimator, and of the config group that opens algorithm.krpo.
+PRESETS = {"krpo": KrpoConfig(), "krpo_adaptive": ADAPTIVE, "krpo_memory": MEMORY}
 
 Config = TypeVar("Config", KrpoConfig, KpoConfig)
 
@@ -208,3 +210,10 @@ def _read(cls: type[Config], text: str, at: str) -> Config:
         key = f"{at}.{error.full_key}" if error.full_key else at
         known = ", ".join(cls.__dataclass_fields__)
         raise ValueError(f"{key}: {str(error).splitlines()[0]} (keys of {at}: {known})") from error
+
+
+def krpo_settings(algorithm: Any) -> KrpoConfig:
+    """The settings of verl's `algorithm` node (DictConfig, AlgoConfig, dict or None): its `krpo`, or else the preset
+    that adv_estimator names; ValueError if wrong."""
+    node, name = (algorithm.get("krpo"), algorithm.get("adv_estimator")) if algorithm is not None else (None, None)
+    return read(KrpoConfig, PRESETS.get(name) if node is None else node, KRPO_AT)

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from verl_krpo import krpo
 from verl_krpo.advantage.groups import group
 from verl_krpo.config import ADAPTIVE as PRESET
-from verl_krpo.config import Baseline, KrpoConfig, Order, Scale
-from verl_krpo.plugin.estimator import compute_advantage, settings_of
+from verl_krpo.config import Baseline, KrpoConfig, Order, Scale, krpo_settings
+from verl_krpo.plugin.estimator import compute_advantage
 
 ADAPTIVE = dict(
     process_var=0.0,
@@ -378,7 +378,7 @@ def test_config_may_be_anything_that_verl_passes(oracle):
     changed = OmegaConf.create({"krpo": {"init_var": 0.5}})
     assert not torch.equal(compute_advantage(**batch | dict(config=changed))[0], plain)
     reference = OmegaConf.create({"data": {"p": 0.5}, "algorithm": {"krpo": {"init_var": "${data.p}"}}}).algorithm
-    assert settings_of(reference) == settings_of(changed)
+    assert krpo_settings(reference) == krpo_settings(changed)
     changed.krpo.init_var = 1.0
     assert torch.equal(compute_advantage(**batch | dict(config=changed))[0], plain)
 
@@ -430,9 +430,9 @@ def test_verls_own_entry_point_reaches_it(oracle):
 
 def test_the_preset_is_the_recommended_estimator(compose):
     algorithm = compose("+algorithm=krpo_adaptive").algorithm
-    assert algorithm.adv_estimator == "krpo" and settings_of(algorithm) == PRESET == KrpoConfig(**ADAPTIVE)
+    assert algorithm.adv_estimator == "krpo" and krpo_settings(algorithm) == PRESET == KrpoConfig(**ADAPTIVE)
     changed = compose("+algorithm=krpo_adaptive", "algorithm.krpo.scale=none").algorithm
-    assert settings_of(changed).scale == Scale.none
+    assert krpo_settings(changed).scale == Scale.none
 
 
 def test_a_division_by_zero_is_refused_on_the_driver(compose):

@@ -42,7 +42,7 @@ def rewards_and_uids(sizes=(5, 1, 7, 2), seed=0):
 def estimated(rewards, uids, **settings):
     settings = KrpoConfig(**settings)
     found = krpo(torch.as_tensor(rewards), np.array(uids, dtype=object), settings)
-    return found, metrics.scalars(found, settings.process_var)
+    return found, metrics.scalars(found, settings)
 
 
 def test_every_metric_is_its_definition():
@@ -104,15 +104,15 @@ def test_what_is_estimated_is_reported():
 def test_padding_is_no_group():
     counted = torch.tensor([True, True, False])
     found = krpo(torch.tensor([1.0, 0.0, 0.0]), np.array(["a", "a", "pad"]), KrpoConfig(), counted)
-    assert metrics.scalars(found, 1e-5)["krpo/groups"] == 1
+    assert metrics.scalars(found, KrpoConfig())["krpo/groups"] == 1
     found = krpo(torch.zeros(3), np.array(["pad"] * 3), KrpoConfig(), torch.zeros(3, dtype=torch.bool))
-    assert metrics.scalars(found, 1e-5) == {"krpo/groups": 0}
+    assert metrics.scalars(found, KrpoConfig()) == {"krpo/groups": 0}
 
 
 def test_estimates_of_one_step_are_merged():
     one, two = (estimated(*rewards_and_uids(sizes, seed)) for sizes, seed in (((3, 1), 0), ((2, 2, 2), 1)))
     for found, _ in (one, two):
-        metrics.record(found, KrpoConfig.process_var)
+        metrics.record(found, KrpoConfig())
     merged = metrics.drain()
     assert (merged["krpo/groups"], merged["krpo/singletons"], merged["krpo/group_size_min"]) == (5, 1, 1)
     assert merged["krpo/nis"] == pytest.approx((one[1]["krpo/nis"] + two[1]["krpo/nis"]) / 2)

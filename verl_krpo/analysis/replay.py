@@ -202,7 +202,7 @@ def add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
     arrived = group(step.prompts, torch.ones(len(rewards), dtype=torch.bool))
     estimate = krpo(rewards, step.prompts, result.settings)
     equal = _add_groups(result, rewards, arrived)
-    nis = metrics.scalars(estimate, result.settings.process_var).get("krpo/nis", math.nan)
+    nis = metrics.scalars(estimate, result.settings).get("krpo/nis", math.nan)
     if not math.isnan(nis):
         result.nis[0] += nis * len(rewards)
         result.nis[1] += len(rewards)

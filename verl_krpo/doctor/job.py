@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
+from verl_krpo.config import KPO_AT, KRPO_AT, PRESETS, KpoConfig, KrpoConfig, krpo_settings, read
 from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -80,7 +80,7 @@ def settings(config: DictConfig) -> list[tuple[str, Any]]:
 def _methods(config: DictConfig) -> tuple[KrpoConfig | None, KpoConfig | None]:
     """The settings of krpo and of kpo, None where the job does not use it."""
     algorithm, loss = config.algorithm, config.actor_rollout_ref.actor.policy_loss
-    krpo = read(KrpoConfig, algorithm.get("krpo"), KRPO_AT) if algorithm.adv_estimator == "krpo" else None
+    krpo = krpo_settings(algorithm) if algorithm.adv_estimator in PRESETS else None
     return krpo, read(KpoConfig, loss.get("kpo"), KPO_AT) if loss.loss_mode == "kpo" else None
 
 

@@ -29,18 +29,20 @@ def register() -> None:
 
 
 def _register_methods(core_algos: ModuleType) -> None:
+    from verl_krpo.config import PRESETS
     from verl_krpo.plugin import estimator, loss
 
-    core_algos.register_adv_est("krpo")(estimator.compute_advantage)
+    for name in PRESETS:
+        core_algos.register_adv_est(name)(estimator.compute_advantage)
     core_algos.register_policy_loss("kpo")(loss.compute_policy_loss)
 
 
 def _register_groups(config_store: ModuleType) -> None:
     """Existing groups of verl's: a new group would be taken for a plain value where the plugin is missing."""
-    from verl_krpo.config import ADAPTIVE, KpoConfig, KrpoConfig
+    from verl_krpo.config import PRESETS, KpoConfig
 
     store = config_store.ConfigStore.instance()
-    for name, settings in {"krpo": KrpoConfig(), "krpo_adaptive": ADAPTIVE}.items():
+    for name, settings in PRESETS.items():
         store.store(group="algorithm", name=name, package="algorithm", node={"adv_estimator": "krpo", "krpo": settings})
     store.store(
         group="actor",

@@ -56,6 +56,39 @@ def count_sessions_once(compute: Callable, *args: Any, **kwargs: Any) -> Any:
     return sessions.compute_advantage(compute, *args, **kwargs)
 
 
+def begin_memory(load_checkpoint: Callable, trainer: Any) -> Any:
+    """A trainer that resumes remembers its prompts."""
+    from verl_krpo.plugin import identity
+
+    loaded = load_checkpoint(trainer)
+    identity.begin(trainer)
+    return loaded
+
+
+def save_memory(save_checkpoint: Callable, trainer: Any) -> Any:
+    """A checkpoint holds the memory of the prompts."""
+    from verl_krpo.plugin import identity
+
+    identity.save(trainer)
+    return save_checkpoint(trainer)
+
+
+def name_queued_prompts(compute_advantage: Callable, trainer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """The V1 trainer's rows, in its queue, know their prompts."""
+    from verl_krpo.plugin import identity
+
+    identity.read_queue(trainer, batch)
+    return compute_advantage(trainer, batch, *args, **kwargs)
+
+
+def name_prompts(compute_advantage: Callable, data: Any, *args: Any, **kwargs: Any) -> Any:
+    """The legacy trainer's rows know their prompts."""
+    from verl_krpo.plugin import identity
+
+    identity.read_batch(data)
+    return compute_advantage(data, *args, **kwargs)
+
+
 def name_the_group(apply: Callable, overrides: list, config: Any) -> Any:
     """What to write, in place of Hydra's "Key 'krpo' is not in struct"."""
     from verl_krpo.plugin import guards
@@ -152,6 +185,24 @@ HOOKS = (
         why="a session with several outputs counts once in its group",
         until="verl does so for every group estimator, not for grpo alone",
         needed=False,  # the estimator itself notices: sessions.check_trainer
+    ),
+    *(
+        Hook(
+            module,
+            name,
+            around,
+            why="krpo's memory knows a prompt in another epoch and lasts as long as the checkpoints",
+            until="verl tells estimators which prompt a row answers, and lets plugins save and load",
+            needed=False,  # only a job with a memory needs it: identity.py notices
+        )
+        for module, name, around in (
+            ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._load_checkpoint", begin_memory),
+            ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._save_checkpoint", save_memory),
+            ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_advantage", name_queued_prompts),
+            ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer._load_checkpoint", begin_memory),
+            ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer._save_checkpoint", save_memory),
+            ("verl.trainer.ppo.ray_trainer", "compute_advantage", name_prompts),
+        )
     ),
     Hook(
         "hydra._internal.config_loader_impl",

@@ -19,6 +19,14 @@ verl gives an advantage estimator no way to report anything. So the estimator le
     krpo/groups, krpo/singletons         prompts, and those with a single response
     krpo/group_size_min                  members of the smallest group; below rollout.n responses were lost
 
+and with memory=prompt
+
+    krpo/memory_prompts                  prompts that are remembered
+    krpo/memory_known                    share of the batch's prompts that were so before this step
+    krpo/memory_age                      steps since their last visit, mean
+    krpo/memory_nis                      krpo/nis of these
+    krpo/memory_var                      Q a step, learned or given
+
 Only counted rows enter. Several estimates within one step (the last 16) are averaged; `groups` and `singletons` are
 summed, and of `group_size_min` the smallest is kept. Nothing is computed before a log asks for it.
 """
@@ -28,18 +36,19 @@ from collections import deque
 import torch
 
 from verl_krpo.advantage.krpo import Estimate
+from verl_krpo.config import KrpoConfig
 from verl_krpo.kalman import LocalLevel, innovations
 
 _MERGE = {"krpo/groups": sum, "krpo/singletons": sum, "krpo/group_size_min": min}
-_pending: deque[tuple[Estimate, float]] = deque(maxlen=16)  # bounded, for where nothing ever logs
+_pending: deque[tuple[Estimate, KrpoConfig]] = deque(maxlen=16)  # bounded, for where nothing ever logs
 
 
-def scalars(estimate: Estimate, process_var: float) -> dict[str, float]:
+def scalars(estimate: Estimate, settings: KrpoConfig) -> dict[str, float]:
     """The metrics of one estimate."""
     groups, prior = estimate.groups, estimate.prior
     if not len(groups.labels):
         return {"krpo/groups": 0}
-    model = LocalLevel(process_var, prior.measurement_var, prior.init_mean, prior.init_var)
+    model = LocalLevel(settings.process_var, prior.measurement_var, prior.init_mean, prior.init_var)
     innovation, innovation_var = innovations(estimate.rewards, groups.mask, model)
     gain_of = 1 - prior.measurement_var[:, None] / innovation_var
     innovation_var = innovation_var + (prior.noise_var - prior.measurement_var)[:, None]
@@ -50,7 +59,8 @@ def scalars(estimate: Estimate, process_var: float) -> dict[str, float]:
     def members(matrix: torch.Tensor) -> torch.Tensor:
         return matrix[groups.mask]
 
-    nis = members(innovation.square() / innovation_var)[members(innovation_var.isfinite())]
+    fit, fits = innovation.square() / innovation_var, groups.mask & innovation_var.isfinite()
+    nis = fit[fits]
     first, final = size.sum(dim=0).tolist()
     gain_first, gain_last = gain.mean(dim=0).tolist()
     result = {
@@ -69,12 +79,26 @@ def scalars(estimate: Estimate, process_var: float) -> dict[str, float]:
         result["krpo/advantage_abs_first_over_last"] = first / final
     if len(nis):
         result["krpo/nis"] = nis.mean().item()
+    if estimate.memory is not None:
+        result |= _memory(estimate, settings, fit, fits)
     return result
 
 
-def record(estimate: Estimate, process_var: float) -> None:
+def _memory(estimate: Estimate, settings: KrpoConfig, fit: torch.Tensor, fits: torch.Tensor) -> dict[str, float]:
+    known = estimate.visits.known
+    result = {"krpo/memory_prompts": len(estimate.memory), "krpo/memory_known": known.double().mean().item()}
+    noise = estimate.memory.noise(settings.memory_var)
+    if noise:
+        result["krpo/memory_var"] = noise.ratio * noise.init_var
+    if known.any():
+        result["krpo/memory_age"] = estimate.visits.age[known].double().mean().item()
+        result["krpo/memory_nis"] = fit[fits & known.to(fits.device)[:, None]].mean().item()
+    return result
+
+
+def record(estimate: Estimate, settings: KrpoConfig) -> None:
     """Keep a `krpo.Estimate` until the next log."""
-    _pending.append((estimate, process_var))
+    _pending.append((estimate, settings))
 
 
 def discard() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from verl_krpo.config import PRESETS
 from verl_krpo.plugin import hooks
 
 PACKAGE = "verl.trainer.ppo.v1"
@@ -46,7 +47,7 @@ def compute_advantage(compute: Callable, *args: Any, **kwargs: Any) -> Any:
     """
     signature = inspect.signature(compute)
     given = signature.bind(*args, **kwargs).arguments
-    if given.get("adv_estimator") != "krpo":
+    if given.get("adv_estimator") not in PRESETS:
         return compute(*args, **kwargs)
     changed = set(signature.parameters) ^ KNOWN_PARAMETERS
     if changed:
