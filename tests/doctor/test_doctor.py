@@ -198,6 +198,26 @@ def test_what_a_job_meets(compose, overrides, named):
     assert named.items() <= met.items()
 
 
+def test_how_often_prompts_come_back(compose, tmp_path):
+    import pandas as pd
+
+    pd.DataFrame({"prompt": range(100)}).to_parquet(tmp_path / "train.parquet")
+    often = [f"data.train_files={tmp_path}/train.parquet", "data.train_batch_size=20", "trainer.total_epochs=15"]
+
+    def line(*overrides):
+        found = job.caveats(compose(*BATCH, *often, *overrides))
+        return [(finding.status, finding.text) for finding in found if finding.check == "data.train_files"]
+
+    text = "100 prompts, 20 a step, 75 steps: a prompt comes 15 times"
+    assert line("+algorithm=krpo_memory") == [("note", f"{text}, every 5 steps")]
+    assert line("+algorithm=krpo_adaptive") == [("note", f"{text}; +algorithm=krpo_memory remembers it")]
+    assert line("+algorithm=krpo") == []
+    text = "100 prompts, 20 a step, 6 steps: a prompt comes 1.2 times; a memory helps from the second time on"
+    assert line("algorithm.adv_estimator=krpo_memory", "trainer.total_training_steps=6") == [("warning", text)]
+    assert line("+algorithm=krpo_memory", "data.train_max_samples=40")[0][1].startswith("40 prompts")
+    assert line("+algorithm=krpo_memory", "data.train_files=/nowhere.parquet") == []
+
+
 def test_a_published_kpo_job_has_no_warning(compose):
     overrides = ["data.max_response_length=4096", "data.train_batch_size=32"]
     actor = [

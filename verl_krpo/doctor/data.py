@@ -83,6 +83,19 @@ def _kind(column: Any) -> str:
     return {"string": "strings", "large_string": "strings"}.get(str(column.type), str(column.type))
 
 
+def train_rows(config: DictConfig) -> int | None:
+    """Rows that verl trains on, before it drops overlong prompts; None where a file is not here or is no parquet."""
+    import pyarrow.parquet
+
+    entry = config.data.train_files
+    paths = [entry] if isinstance(entry, str) else list(entry or [])
+    if not all(path.endswith(".parquet") and Path(path).exists() for path in paths):
+        return None
+    rows = sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
+    most = config.data.get("train_max_samples", -1)
+    return min(rows, most) if most > 0 else rows
+
+
 def reward(config: DictConfig) -> list[Finding]:
     """The job's own reward function can be loaded."""
     from verl.utils.import_utils import load_extern_object

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from verl_krpo.config import KPO_AT, KRPO_AT, PRESETS, KpoConfig, KrpoConfig, krpo_settings, read
+from verl_krpo.doctor import data
 from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -110,8 +111,9 @@ class Caveat(NamedTuple):
 
 OF_KRPO = (
     Caveat(
-        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1,
-        f"{ROLLOUT}.n", "warning", "{value}: a group of one is compared with the prior mean only; use n >= 4",
+        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none",
+        f"{ROLLOUT}.n", "warning",
+        "{value}: a group of one is compared with the prior mean only; use n >= 4, or +algorithm=krpo_memory",
     ),
     Caveat(
         lambda c, krpo: krpo.order == "arrival",
@@ -181,12 +183,30 @@ def caveats(config: DictConfig) -> list[Finding]:
     if krpo is None and kpo is None:
         text = f"{config.algorithm.adv_estimator}, with {LOSS}={OmegaConf.select(config, LOSS)}"
         return [Finding(ESTIMATOR, "warning", f"{text}: this job uses neither KRPO nor KPO", section=SECTION)]
-    return [
+    findings = [
         Finding(key, status, text.format(value=OmegaConf.select(config, key)), section=SECTION)
         for method, table in ((krpo, OF_KRPO), (kpo, OF_KPO))
         for applies, key, status, text in table
         if method is not None and applies(config, method)
     ]
+    return findings + (_recurrence(config, krpo) if krpo else [])
+
+
+def _recurrence(config: DictConfig, krpo: KrpoConfig) -> list[Finding]:
+    """How often a prompt comes back, which is what a memory lives on. Nothing where the data are not here."""
+    rows, batch = data.train_rows(config), config.data.train_batch_size
+    if not rows:
+        return []
+    steps = config.trainer.total_training_steps or rows // batch * config.trainer.total_epochs
+    text = f"{rows} prompts, {batch} a step, {steps} steps: a prompt comes {steps * batch / rows:.3g} times"
+    often = steps * batch >= 2 * rows
+    if krpo.memory == "none":
+        if not often or krpo.baseline != "leave_one_out":
+            return []
+        return [Finding("data.train_files", "note", f"{text}; +algorithm=krpo_memory remembers it", section=SECTION)]
+    status = "note" if often else "warning"
+    advice = f", every {rows / batch:.3g} steps" if often else "; a memory helps from the second time on"
+    return [Finding("data.train_files", status, text + advice, section=SECTION)]
 
 
 def _updates_once(config: DictConfig) -> bool:
