@@ -4,9 +4,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
+from verl_krpo.config import KPO_AT, KRPO_AT, PRESETS, KpoConfig, krpo_settings, read
 
-GROUPS = {KRPO_AT: "+algorithm=krpo", KPO_AT: "+actor@actor_rollout_ref.actor.policy_loss=kpo"}
+ESTIMATOR = "algorithm.adv_estimator"
+KPO_GROUP = "+actor@actor_rollout_ref.actor.policy_loss=kpo"
 LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
 CORRECTION = "algorithm.rollout_correction"
 DISTILLATION = "distillation.distillation_loss"
@@ -20,38 +21,57 @@ def check(config: Any) -> None:
 
 
 def check_overrides(overrides: list, config: Any) -> None:
-    """ConfigCompositionException for keys of krpo and kpo that no config group has opened: it names the group."""
+    """ConfigCompositionException for overrides that need another config group than `config` has: it names the group."""
     from hydra.errors import ConfigCompositionException
 
-    for at, group in GROUPS.items():
+    given = config.get("algorithm") or {}
+    estimators = [override.value() for override in overrides if override.key_or_group == ESTIMATOR]
+    estimator = estimators[-1] if estimators else given.get("adv_estimator")
+    group = f"+algorithm={estimator if estimator in PRESETS else 'krpo'}"
+    if given.get("krpo") is not None and estimator in PRESETS and estimator not in ("krpo", given.get("adv_estimator")):
+        raise ConfigCompositionException(
+            f"{ESTIMATOR}={estimator} beside +algorithm={given.get('adv_estimator')}, whose settings would stay: "
+            f"write {group} in place of both"
+        )
+    for at, group in ((KRPO_AT, group), (KPO_AT, KPO_GROUP)):
         for override in overrides:
-            sets = not (override.is_add() or override.is_force_add() or override.is_delete())
-            named = override.key_or_group == at or override.key_or_group.startswith(at + ".")
-            if sets and named and OmegaConf.select(config, at) is None:
+            changes = not (override.is_add() or override.is_force_add() or override.is_delete())
+            inside = override.key_or_group == at or override.key_or_group.startswith(at + ".")
+            if changes and inside and OmegaConf.select(config, at) is None:
                 raise ConfigCompositionException(
-                    f"{override.input_line}: there is no {at} before its config group is selected. Add {group}"
+                    f"{override.input_line} needs {group} beside it, which selects the method and opens {at}.*"
                 )
 
 
 def _check_krpo(algorithm: Any) -> None:
+    estimator = str(algorithm.adv_estimator)
+    if estimator == "kpo":
+        raise ValueError(f"{ESTIMATOR}=kpo: kpo is a policy loss; write {LOSS_MODE}=kpo")
+    if estimator.startswith("krpo") and estimator not in PRESETS:
+        raise ValueError(f"{ESTIMATOR}={estimator} is not one of {', '.join(PRESETS)}")
     if algorithm.get("krpo") is None:
         return
-    read(KrpoConfig, algorithm.krpo, KRPO_AT)
-    if algorithm.adv_estimator != "krpo":
+    if estimator not in PRESETS:
         raise ValueError(
-            f"{KRPO_AT} is set but algorithm.adv_estimator={algorithm.adv_estimator}: add "
-            f"algorithm.adv_estimator=krpo, or remove {KRPO_AT}"
+            f"{KRPO_AT} is set but {ESTIMATOR}={estimator}: add {ESTIMATOR}=krpo after it, or remove {KRPO_AT}"
         )
+    settings = krpo_settings(algorithm)
+    for name, preset in PRESETS.items():
+        if estimator not in ("krpo", name) and settings == preset != PRESETS[estimator]:
+            raise ValueError(f"{ESTIMATOR}={estimator} with all settings of {name} in {KRPO_AT}: write +algorithm={name}")
 
 
 def _check_kpo(loss: Any) -> None:
+    if loss.loss_mode in PRESETS:
+        name = loss.loss_mode
+        raise ValueError(f"{LOSS_MODE}={name}: {name} is an advantage estimator; write {ESTIMATOR}={name}")
     if loss.get("kpo") is None:
         return
     read(KpoConfig, loss.kpo, KPO_AT)
     if loss.loss_mode != "kpo":
         raise ValueError(f"{KPO_AT} is set but loss_mode={loss.loss_mode}: set loss_mode=kpo, or remove {KPO_AT}")
     if not str(loss.get("_target_", "")).startswith("verl_krpo."):
-        raise ValueError(f"{KPO_AT} needs its typed config: add +actor@actor_rollout_ref.actor.policy_loss=kpo")
+        raise ValueError(f"{KPO_AT} needs its typed config: add {KPO_GROUP}")
 
 
 def _check_what_verl_drops(config: Any) -> None:
