@@ -213,7 +213,10 @@ def _read(cls: type[Config], text: str, at: str) -> Config:
 
 
 def krpo_settings(algorithm: Any) -> KrpoConfig:
-    """The settings of verl's `algorithm` node (DictConfig, AlgoConfig, dict or None): its `krpo`, or else the preset
-    that adv_estimator names; ValueError if wrong."""
+    """The settings of verl's `algorithm` node (DictConfig, AlgoConfig, dict or None): the preset that adv_estimator
+    names, with the keys of its `krpo` over it; ValueError if wrong."""
     node, name = (algorithm.get("krpo"), algorithm.get("adv_estimator")) if algorithm is not None else (None, None)
-    return read(KrpoConfig, PRESETS.get(name) if node is None else node, KRPO_AT)
+    if isinstance(node, KrpoConfig):
+        return node
+    preset = PRESETS.get(name, PRESETS["krpo"])
+    return read(KrpoConfig, {**vars(preset), **(node or {})}, KRPO_AT)

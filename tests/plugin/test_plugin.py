@@ -4,9 +4,12 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
+
+from verl_krpo.config import PRESETS, krpo_settings
 
 KPO_GROUP = "+actor@actor_rollout_ref.actor.policy_loss=kpo"
 BATCH = [
@@ -120,6 +123,48 @@ def test_a_wrong_key_or_type_fails_when_the_config_is_composed(compose, override
 def test_what_composes_but_is_wrong_fails_in_verls_own_validation(compose, overrides, message):
     with pytest.raises(ValueError, match=message):
         validate(compose(*BATCH, *overrides))
+
+
+LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.adv_estimator=krpo", "algorithm.krpo.process_var=0"], r"needs \+algorithm=krpo beside it"),
+        (["algorithm.adv_estimator=krpo_adaptive", "algorithm.krpo.scale=none"], r"needs \+algorithm=krpo_adaptive "),
+        (["actor_rollout_ref.actor.policy_loss.kpo.clip=false"], r"needs \+actor@actor_rollout_ref.actor.policy_loss="),
+        (["+algorithm=krpo", "algorithm.adv_estimator=krpo_adaptive"], r"write \+algorithm=krpo_adaptive in place"),
+    ],
+)
+def test_hydra_says_what_to_write(compose, overrides, message):
+    with pytest.raises(ConfigCompositionException, match=message):
+        compose(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.adv_estimator=kpo"], f"kpo is a policy loss; write {LOSS_MODE}=kpo"),
+        ([f"{LOSS_MODE}=krpo"], "krpo is an advantage estimator; write algorithm.adv_estimator=krpo"),
+        ([f"{LOSS_MODE}=krpo_adaptive"], "write algorithm.adv_estimator=krpo_adaptive"),
+        (["algorithm.adv_estimator=krpo_adaptve"], "is not one of krpo, krpo_adaptive"),
+    ],
+)
+def test_a_name_in_the_wrong_place_is_refused_before_ray(compose, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        validate(compose(*BATCH, *overrides))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_one_key_and_its_keys_can_be_set(compose, name):
+    one_key = compose(*BATCH, f"algorithm.adv_estimator={name}")
+    validate(one_key)
+    grouped = compose(*BATCH, f"+algorithm={name}", f"algorithm.adv_estimator={name}")
+    validate(grouped)
+    assert krpo_settings(one_key.algorithm) == krpo_settings(grouped.algorithm) == PRESETS[name]
+    changed = compose(f"algorithm.adv_estimator={name}", "+algorithm.krpo.epsilon=0.5").algorithm
+    assert krpo_settings(changed) == replace(PRESETS[name], epsilon=0.5)
 
 
 def test_without_the_plugin_the_groups_are_missing(compose):

@@ -24,16 +24,13 @@ def check_overrides(overrides: list, config: Any) -> None:
     """ConfigCompositionException for overrides that need another config group than `config` has: it names the group."""
     from hydra.errors import ConfigCompositionException
 
-    given = config.get("algorithm") or {}
+    algorithm = config.get("algorithm") or {}
     estimators = [override.value() for override in overrides if override.key_or_group == ESTIMATOR]
-    estimator = estimators[-1] if estimators else given.get("adv_estimator")
-    group = f"+algorithm={estimator if estimator in PRESETS else 'krpo'}"
-    if given.get("krpo") is not None and estimator in PRESETS and estimator not in ("krpo", given.get("adv_estimator")):
-        raise ConfigCompositionException(
-            f"{ESTIMATOR}={estimator} beside +algorithm={given.get('adv_estimator')}, whose settings would stay: "
-            f"write {group} in place of both"
-        )
-    for at, group in ((KRPO_AT, group), (KPO_AT, KPO_GROUP)):
+    estimator = estimators[-1] if estimators else algorithm.get("adv_estimator")
+    if wrong := _other_preset(estimator, algorithm):
+        raise ConfigCompositionException(wrong)
+    krpo_group = f"+algorithm={estimator if estimator in PRESETS else 'krpo'}"
+    for at, group in ((KRPO_AT, krpo_group), (KPO_AT, KPO_GROUP)):
         for override in overrides:
             changes = not (override.is_add() or override.is_force_add() or override.is_delete())
             inside = override.key_or_group == at or override.key_or_group.startswith(at + ".")
@@ -41,6 +38,17 @@ def check_overrides(overrides: list, config: Any) -> None:
                 raise ConfigCompositionException(
                     f"{override.input_line} needs {group} beside it, which selects the method and opens {at}.*"
                 )
+
+
+def _other_preset(estimator: Any, algorithm: Any) -> str | None:
+    """What to write where `estimator` names a preset and `algorithm.krpo` holds all settings of another."""
+    if estimator not in PRESETS or estimator == "krpo" or algorithm.get("krpo") is None:
+        return None
+    settings = krpo_settings(algorithm)
+    others = [name for name, preset in PRESETS.items() if settings == preset and name != estimator]
+    if not others:
+        return None
+    return f"{ESTIMATOR}={estimator} beside the settings of {others[0]}: write +algorithm={estimator} in place of both"
 
 
 def _check_krpo(algorithm: Any) -> None:
@@ -55,10 +63,9 @@ def _check_krpo(algorithm: Any) -> None:
         raise ValueError(
             f"{KRPO_AT} is set but {ESTIMATOR}={estimator}: add {ESTIMATOR}=krpo after it, or remove {KRPO_AT}"
         )
-    settings = krpo_settings(algorithm)
-    for name, preset in PRESETS.items():
-        if estimator not in ("krpo", name) and settings == preset != PRESETS[estimator]:
-            raise ValueError(f"{ESTIMATOR}={estimator} with all settings of {name} in {KRPO_AT}: write +algorithm={name}")
+    krpo_settings(algorithm)
+    if wrong := _other_preset(estimator, algorithm):
+        raise ValueError(wrong)
 
 
 def _check_kpo(loss: Any) -> None:
