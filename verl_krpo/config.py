@@ -218,5 +218,5 @@ def krpo_settings(algorithm: Any) -> KrpoConfig:
     node, name = (algorithm.get("krpo"), algorithm.get("adv_estimator")) if algorithm is not None else (None, None)
     if isinstance(node, KrpoConfig):
         return node
-    preset = PRESETS.get(name, PRESETS["krpo"])
+    preset = PRESETS[name] if name in PRESETS else PRESETS["krpo"]
     return read(KrpoConfig, {**vars(preset), **(node or {})}, KRPO_AT)
