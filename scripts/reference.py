@@ -12,7 +12,7 @@ import re
 from enum import Enum
 from pathlib import Path
 
-from verl_krpo.config import ADAPTIVE, MEMORY, KpoConfig, KrpoConfig
+from verl_krpo.config import PRESETS, KpoConfig, KrpoConfig
 from verl_krpo.plugin import metrics
 from verl_krpo.policy_loss import kpo
 
@@ -71,7 +71,7 @@ def maths(text: str) -> str:
 def written(page: str) -> str:
     """The page with its tables as the code has them now."""
     tables = {
-        "KrpoConfig": keys({"default": KrpoConfig(), "krpo_adaptive": ADAPTIVE, "krpo_memory": MEMORY}),
+        "KrpoConfig": keys(PRESETS),
         "KpoConfig": keys({"default": KpoConfig()}),
         "plugin/metrics.py": glossary("", metrics),
         "kpo._diagnostics": glossary("actor/", kpo._diagnostics),
