@@ -3,33 +3,36 @@
 import ray
 
 
-class Rewards:
-    """As verl's reward worker: the function by its path, called from a thread."""
+def rewards():
+    """A class of actors as verl's reward workers: the function by its path, called from threads."""
 
-    def __init__(self):
-        from verl.utils.import_utils import load_extern_object
+    class Rewards:  # in here, so that Ray sends it whole: its processes cannot import this file
+        def __init__(self):
+            from verl.utils.import_utils import load_extern_object
 
-        self.compute_score = load_extern_object("pkg://verl_krpo.reward.math", "compute_score")
+            self.compute_score = load_extern_object("pkg://verl_krpo.reward.math", "compute_score")
 
-    def score(self, answer: str, truth: str) -> dict:
-        return self.compute_score(data_source="a", solution_str=f"\\boxed{{{answer}}}", ground_truth=truth)
+        def score(self, answer, truth):
+            return self.compute_score(data_source="a", solution_str=f"\\boxed{{{answer}}}", ground_truth=truth)
 
-    def kill_a_worker(self) -> int:
-        import psutil
+        def kill_a_worker(self):
+            import psutil
 
-        workers = [w for w in psutil.Process().children() if "reward.algebra" in " ".join(w.cmdline())]
-        workers[0].kill()
-        return len(workers)
+            workers = [w for w in psutil.Process().children() if "reward.algebra" in " ".join(w.cmdline())]
+            workers[0].kill()
+            return len(workers)
+
+    return Rewards
 
 
 def test_in_an_actor_of_ray_with_threads_and_a_killed_worker():
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
-        rewards = ray.remote(Rewards).options(max_concurrency=8).remote()
+        actor = ray.remote(rewards()).options(max_concurrency=8).remote()
         rows = [(f"\\frac{{{2 * n}\\pi}}{{{n}}}", "2\\pi") for n in range(1, 17)]
-        asked = [rewards.score.remote(*row) for row in rows]
-        killed = rewards.kill_a_worker.remote()
-        asked += [rewards.score.remote(*row) for row in rows]
+        asked = [actor.score.remote(*row) for row in rows]
+        killed = actor.kill_a_worker.remote()
+        asked += [actor.score.remote(*row) for row in rows]
         assert ray.get(killed, timeout=300) >= 1
         assert [row["score"] for row in ray.get(asked, timeout=300)] == [1.0] * 32
     finally:
