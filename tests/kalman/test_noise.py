@@ -25,7 +25,7 @@ def test_finds_the_parameters_of_a_simulation(q_var, r_var):
 def test_is_the_moments_of_neighbours():
     observations = torch.tensor([[1.0, 3.0, 0.0, 9.0, 4.0], [2.0, 2.5, 1.0, 7.0, 7.0]], dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
-    # d: 2, -3 and 0.5, -1.5; column 4 has no observed neighbour.
+    # d: 2, -3 and 0.5, -1.5; column 4 has no observed neighbor.
     variance, covariance = (4 + 9 + 0.25 + 2.25) / 4, (-6 - 0.75) / 2
     ratio = (variance + 2 * covariance) / -covariance
     assert ratio < 0  # so the bound holds, and R explains the variance

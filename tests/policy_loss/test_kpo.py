@@ -265,8 +265,8 @@ def test_metrics_count_what_they_say(kpo_reference):
         return mask & (((adv > 0) & (log_ratio.exp() > 1 + high)) | ((adv < 0) & (log_ratio.exp() < 1 - low)))
 
     def switch(log_ratio):
-        different, neighbours = clipped(log_ratio)[:, 1:] != clipped(log_ratio)[:, :-1], mask[:, 1:] & mask[:, :-1]
-        return ((different & neighbours).sum() / neighbours.sum()).item()
+        different, neighbors = clipped(log_ratio)[:, 1:] != clipped(log_ratio)[:, :-1], mask[:, 1:] & mask[:, :-1]
+        return ((different & neighbors).sum() / neighbors.sum()).item()
 
     gain, var = [], 0.0
     for _ in range(97):

@@ -342,7 +342,7 @@ def fit(sample: tuple[torch.Tensor, torch.Tensor], settings: KrpoConfig) -> Fit 
 
 
 def _around(grid: list[float], best: float) -> list[float]:
-    """A finer grid between the neighbours of `best`; 0 stays in it where it is one of them."""
+    """A finer grid between the neighbors of `best`; 0 stays in it where it is one of them."""
     at = grid.index(best)
     low, high = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
     if high == 0:

@@ -38,7 +38,7 @@ def generate(
 ) -> None:
     """Generate for all requests until each has a stop_reason; results are written into the requests.
 
-    Prompts are padded on the left and the padding is masked, so a response does not depend on its neighbours. The
+    Prompts are padded on the left and the padding is masked, so a response does not depend on its neighbors. The
     end token is part of the response, as in vLLM. log_probs are those of the sampled distribution (`sampling`).
     """
     device = next(model.parameters()).device

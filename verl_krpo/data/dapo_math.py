@@ -25,5 +25,5 @@ DATASET = Dataset(
     columns=("prompt", "reward_model"),
     problem=problem,
     about="DAPO-Math-17k: about 17,000 competition problems with whole-number answers (arXiv 2503.14476; "
-    "BytedTsinghua-SIA/DAPO-Math-17k, Apache-2.0 licence), each once, without the published instructions.",
+    "BytedTsinghua-SIA/DAPO-Math-17k, Apache-2.0 license), each once, without the published instructions.",
 )

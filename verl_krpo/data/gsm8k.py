@@ -15,5 +15,5 @@ DATASET = Dataset(
     splits={"train": "train", "test": "test"},
     columns=("question", "answer"),
     problem=problem,
-    about="GSM8K: 7,473 word problems for training and 1,319 for test (arXiv 2110.14168; openai/gsm8k, MIT licence).",
+    about="GSM8K: 7,473 word problems for training and 1,319 for test (arXiv 2110.14168; openai/gsm8k, MIT license).",
 )

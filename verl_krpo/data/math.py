@@ -26,5 +26,5 @@ DATASET = Dataset(
     columns=("problem", "level", "type", "solution"),
     problem=problem,
     about="MATH: 7,500 competition problems for training and 5,000 for test (arXiv 2103.03874; "
-    "EleutherAI/hendrycks_math, MIT licence). The MATH-500 benchmark is part of its test split.",
+    "EleutherAI/hendrycks_math, MIT license). The MATH-500 benchmark is part of its test split.",
 )

@@ -20,5 +20,5 @@ DATASET = Dataset(
     columns=("question", "final_answer", "context", "subfield"),
     problem=problem,
     about="OlympiadBench, open-ended English competition mathematics without images: 674 problems for evaluation "
-    "(arXiv 2402.14008; Hothan/OlympiadBench, Apache-2.0 licence). Several answers to a problem are joined by commas.",
+    "(arXiv 2402.14008; Hothan/OlympiadBench, Apache-2.0 license). Several answers to a problem are joined by commas.",
 )

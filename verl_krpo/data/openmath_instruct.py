@@ -46,6 +46,6 @@ DATASET = Dataset(
     boxed=False,
     held_out=50,
     about="OpenMathInstruct-2, its subset of a million solutions (arXiv 2410.01560; nvidia/OpenMathInstruct-2, "
-    "CC BY 4.0 licence): each problem once with its expected answer, topics by keywords. "
+    "CC BY 4.0 license): each problem once with its expected answer, topics by keywords. "
     "Reward: `verl_krpo/reward/answer_tag.py` as KRPO published it, or `verl_krpo/reward/math.py`.",
 )

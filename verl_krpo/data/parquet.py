@@ -76,7 +76,7 @@ def write(
     """Write `make()` to OUT/<split>.parquet and the card; return the path of every split.
 
     settings  plain values that determine the rows; with the same settings and intact files nothing is made again
-    about     the card's text: what the data is, where it comes from, its licence
+    about     the card's text: what the data is, where it comes from, its license
     """
     import pyarrow
     import pyarrow.parquet

@@ -35,7 +35,7 @@ class Dataset:
     splits         our split -> theirs
     columns        the columns of a record that `problem` reads
     problem        a record -> its problem, or None to leave the record out
-    about          for the card: what it is, size, licence, source
+    about          for the card: what it is, size, license, source
     boxed          ask for \\boxed{} in the user's message (the `math` reward); else for <think> and <answer>
     held_out       one problem in this many, by a hash of the question, goes to `test` where the source has no split
     """
