@@ -37,6 +37,7 @@ def compute_advantage(
         else:
             run = identity.run()
             estimate = krpo(rewards, run.prompts(index), settings, mask.any(dim=-1), run.memory, run.step)
+            assert estimate.memory is not None  # where one goes in, one comes out
             run.memory = estimate.memory
         metrics.record(estimate, settings)
         advantages = torch.where(mask, estimate.advantages().to(dtype)[:, None], 0.0)

@@ -36,6 +36,7 @@ from collections import deque
 import torch
 
 from verl_krpo.advantage.krpo import Estimate
+from verl_krpo.advantage.memory import PromptMemory, Visits
 from verl_krpo.config import KrpoConfig
 from verl_krpo.kalman import LocalLevel, innovations
 
@@ -79,19 +80,21 @@ def scalars(estimate: Estimate, settings: KrpoConfig) -> dict[str, float]:
         result["krpo/advantage_abs_first_over_last"] = first / final
     if len(nis):
         result["krpo/nis"] = nis.mean().item()
-    if estimate.memory is not None:
-        result |= _memory(estimate, settings, fit, fits)
+    if estimate.memory is not None and estimate.visits is not None:
+        result |= _memory(estimate.memory, estimate.visits, settings, fit, fits)
     return result
 
 
-def _memory(estimate: Estimate, settings: KrpoConfig, fit: torch.Tensor, fits: torch.Tensor) -> dict[str, float]:
-    known = estimate.visits.known
-    result = {"krpo/memory_prompts": len(estimate.memory), "krpo/memory_known": known.double().mean().item()}
-    noise = estimate.memory.noise(settings.memory_var)
+def _memory(
+    memory: PromptMemory, visits: Visits, settings: KrpoConfig, fit: torch.Tensor, fits: torch.Tensor
+) -> dict[str, float]:
+    known = visits.known
+    result = {"krpo/memory_prompts": len(memory), "krpo/memory_known": known.double().mean().item()}
+    noise = memory.noise(settings.memory_var)
     if noise:
         result["krpo/memory_var"] = noise.ratio * noise.init_var
     if known.any():
-        result["krpo/memory_age"] = estimate.visits.age[known].double().mean().item()
+        result["krpo/memory_age"] = visits.age[known].double().mean().item()
         result["krpo/memory_nis"] = fit[fits & known.to(fits.device)[:, None]].mean().item()
     return result
 
