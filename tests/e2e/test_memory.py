@@ -16,6 +16,7 @@ JOB = [  # two steps an epoch, one response a prompt, which RLOO and GRPO cannot
     "+algorithm=krpo_memory",
     "data.train_batch_size=8",
     "data.train_max_samples=16",
+    "data.seed=1",  # without one verl draws another 16 after a restart
     "data.max_prompt_length=32",
     "data.max_response_length=16",
     "actor_rollout_ref.actor.ppo_mini_batch_size=8",
