@@ -1,7 +1,8 @@
 """Rows and groups: which rows of a batch answer the same prompt, and in which order they are filtered.
 
 A batch is flat: row k holds one response, its prompt id is `prompts[k]`, and the rows of a prompt may lie anywhere. The
-filter wants (groups, members). `Groups` goes from one to the other and back; nothing else in the package reads uids.
+filter wants (groups, members). `Groups` goes from one to the other and back; beside the
+memory, which knows prompts from step to step, nothing else reads prompt ids.
 """
 
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) 
 
 
 def _hash(labels: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every label, the same in every process (Python's own hash of a string is not)."""
+    """A 64-bit hash of every label for `shuffled`, the same in every process (Python's own of a string is not)."""
     from pandas.util import hash_array
 
     return hash_array(labels, categorize=False)  # pyright: ignore

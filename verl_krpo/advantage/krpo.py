@@ -4,12 +4,12 @@ The filter restarts for every prompt. Observations are the scalar rewards r_1 ..
 
     x_i = x_{i-1} + w_i,  w_i ~ N(0, Q)        r_i = x_i + v_i,  v_i ~ N(0, R)        x_0 ~ N(m0, P0)
 
-and the advantage of member i is its reward less a baseline b_i, over a scale s_i:
+and the advantage of member i is its reward minus a baseline b_i, over a scale s_i:
 
     A_i = (r_i - b_i) / s_i
 
     baseline        b_i                           its variance V_i
-    causal          x_{i|i}      (published)      P_{i|i}
+    causal          x_{i|i}      (published)      P_{i|i}        the filtered state, its own reward in it
     predicted       x_{i|i-1}                     P_{i|i-1}
     posterior       x_{n|n}                       P_{n|n}
     smoothed        x_{i|n}                       P_{i|n}
@@ -22,7 +22,8 @@ and the advantage of member i is its reward less a baseline b_i, over a scale s_
     group_std       std(r_1 ... r_n) + eps, with n - 1; 1 in a group of one or of equal rewards
     none            1
 
-`predicted`, `leave_one_out` and `jspo` do not read r_i, so they add no bias to the policy gradient. For `predicted` and
+`predicted`, `leave_one_out` and `jspo` do not read r_i, so they add no bias to the policy gradient (a scale that is
+estimated from the batch, group_std or an R of `batch`, does read it). For `predicted` and
 `leave_one_out`, innovation_std is the standard deviation of r_i - b_i under the model. Where V_i is infinite (a diffuse
 prior and nothing else observed) there is nothing to compare r_i with and A_i = 0.
 """
@@ -126,11 +127,13 @@ def _scale(
         return var.sqrt() + settings.epsilon
     if settings.scale == Scale.innovation_std:
         return (var + prior.noise_var[:, None]).sqrt() + settings.epsilon
+    if settings.scale == Scale.none:
+        return 1.0
     if settings.scale == Scale.group_std:
         _, squares = group_moments(values - values[:, :1], groups)  # from the first on: exactly 0 where all are equal
         std = (squares / (groups.sizes - 1).clamp(min=1)).sqrt() + settings.epsilon
         return torch.where(squares > 0, std, 1.0)[:, None]
-    return 1.0
+    raise NotImplementedError(f"scale={settings.scale}")
 
 
 def _require_finite(rewards: torch.Tensor, groups: Groups) -> None:

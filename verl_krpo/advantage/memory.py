@@ -23,12 +23,14 @@ and the L of a group's own baseline is the one without this group: it holds what
 no reward enters its own baseline. R, P0 and Q come from earlier steps alone, which are forgotten at the same rate:
 
     R     squares within the groups over their degrees of freedom; a group of one adds e^2 - V' or, while its prompt is
-          new, half of its square between the groups
+          new, half of its square between the groups, whose mean is R + P0 (the split is not known yet)
     P0    what the groups of a step differ by, less what R explains (one-way analysis of variance, shrinkage.py)
-    Q     P0 times the mean of RATIOS under the likelihood of all innovations e and a prior that falls by exp(-1) with
-          every factor of two away from 1/128; a number fixes Q
+    Q     P0 times the posterior mean of RATIOS: the likelihood of the innovations of known prompts, each predicted from
+          the state that is in use, forgotten like the rest, and a prior that falls by exp(-1) with every factor of two
+          away from 1/128; a number fixes Q (at most P0)
 
-As long as no step had two groups, so in the first, the prior is that of krpo_adaptive, and nothing is remembered.
+Until a step has had two groups there are no such noises: the prior is that of krpo_adaptive, and only moments are kept.
+In the first step that has two, the prior still is, while the states are stored with that step's own R and P0.
 """
 
 from collections.abc import Iterable
@@ -200,9 +202,9 @@ def observe(
         return prior, replace(memory, moments=moments, step=step)
     deviation, var = visits.predict(noise.ratio, noise.init_var)
     weight = (noise.measurement_var + noise.init_var) / (var + noise.measurement_var / sizes)
-    pull, before = weight * (means - deviation), forget * memory.weight
-    rise = pull.sum() / (before + weight.sum())  # of the level
-    rise_by_others = sum_of_others(pull) / (before + sum_of_others(weight)).clamp(min=SMALLEST)
+    excess, before = weight * (means - deviation), forget * memory.weight
+    rise = excess.sum() / (before + weight.sum())  # of the level
+    rise_by_others = sum_of_others(excess) / (before + sum_of_others(weight)).clamp(min=SMALLEST)
     error = means - deviation - rise_by_others
     gain = var / (var + noise.measurement_var / sizes)
 
@@ -233,11 +235,11 @@ def _moments(sizes: torch.Tensor, squares: torch.Tensor, between: torch.Tensor) 
     return np.array([squares.sum(), counts, between.sum(), groups - 1, spread])
 
 
-def _log_likelihood(visits: Visits, gains: torch.Tensor, sizes: torch.Tensor, noise: Noise) -> np.ndarray:
-    """Of RATIOS, given what the known groups' means are above the level that the others gave."""
+def _log_likelihood(visits: Visits, above_level: torch.Tensor, sizes: torch.Tensor, noise: Noise) -> np.ndarray:
+    """Of RATIOS, given what the known groups' means are above the level from the other groups."""
     deviation, var = visits.predict(RATIOS[:, None], noise.init_var)
     var = var + noise.measurement_var / sizes
-    terms = -0.5 * (var.log() + (gains - deviation).square() / var)
+    terms = -0.5 * (var.log() + (above_level - deviation).square() / var)
     return terms[:, visits.known].sum(dim=1).numpy()
 
 

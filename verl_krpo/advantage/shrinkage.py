@@ -5,12 +5,13 @@
 The baseline of a member is the state given the other k members of its group (Q = 0), which shrinks their mean towards
 the prior mean:
 
-    b    m0 + P0 sum_others (r_j - m0) / (k P0 + R)        V    P0 R / (k P0 + R)
+    b    m0 + P0 sum_others (r_j - m0) / (k P0 + R)        V    P0 R / (k P0 + R)        A = (r - b) / sqrt(V + R)
 
-R, m0 and P0 are Empirical Bayes by the method of moments (one-way analysis of variance, unbalanced: Searle, Casella and
-McCulloch 1992, section 3.6; as a baseline it is the credibility estimator of Buhlmann 1967, the best linear one for any
-distribution of the rewards). Each leaves out the very group it is used for, so that a baseline stays independent of the
-reward it is subtracted from. With sums over the other groups h, N = sum n_h, mean_h the mean of a group:
+The settings are config.ADAPTIVE, the last step is in krpo.py. R, m0 and P0 are Empirical Bayes by the method of moments
+(one-way analysis of variance, unbalanced: Searle, Casella and McCulloch 1992, section 3.6; as a baseline it is the
+credibility estimator of Buhlmann 1967, the best linear one for any distribution of the rewards). Each leaves out the
+very group it is used for, so that a baseline stays independent of the reward it is subtracted from. With sums over the
+other groups h, N = sum n_h, mean_h the mean of a group:
 
     R    sum_hj (r_hj - mean_h)^2 / (N - groups)
     m0   sum_h n_h mean_h / N
@@ -27,7 +28,7 @@ Where there is nothing to estimate from:
 
     R    is 1e-2, the published value, if no group (or no other group) has a spread
     P0   is inf (nothing to shrink towards: `posterior` is the group's mean, `leave_one_out` RLOO) with fewer than two
-         other groups; with none, also where only m0 was asked for
+         other groups; with none and init_mean=batch, even if init_var is a number
 """
 
 from typing import Any, NamedTuple

@@ -8,9 +8,8 @@ Every function takes
     mask           (rows, time), bool or 0/1, true where something was observed; None: everywhere
     model          LocalLevel, its parameters numbers or (rows,) tensors
 
-and returns float64. A masked position is not an observation: the state carries over it, and what stands there is never
-read. The belief at a masked position is that of the last observation before it (the prior if there is none). Gradients
-flow through the observations. ValueError names a wrong argument.
+and returns float64. A masked position is no observation: nothing there is read, and `filtered` and `smoothed` give the
+belief about the last observed state before it (or x_0). Gradients flow. ValueError names a wrong argument.
 """
 
 import dataclasses
@@ -69,7 +68,8 @@ def leave_one_out(observations: torch.Tensor, mask: Mask, model: LocalLevel) -> 
     """
     left = predicted(observations, mask, model)
     if mask is not None:
-        left = Belief(*map(torch.where, (mask.bool(),) * 2, left, filtered(observations, mask, model)))
+        rest = filtered(observations, mask, model)
+        left = Belief(torch.where(mask.bool(), left.mean, rest.mean), torch.where(mask.bool(), left.var, rest.var))
     return _product(left, _from_the_right(observations, mask, model))
 
 

@@ -6,7 +6,7 @@ import torch
 def by_differences(
     observations: torch.Tensor, mask: torch.Tensor, *, smallest_ratio: float = 0.0, largest_ratio: float = 1.0
 ) -> tuple[float, float] | None:
-    """(Q, R), one of each for all rows of observations (rows, time), mask bool; None if all differences are 0.
+    """(Q, R) for all rows of observations (rows, time), mask bool; None if there is no difference but 0.
 
         d_t = z_t - z_{t-1} = w_t + v_t - v_{t-1}        E d_t^2 = Q + 2R        E d_t d_{t+1} = -R
 

@@ -48,7 +48,7 @@ def settings_of(config: Any) -> KpoConfig:
 def _counts(global_batch_info: dict[str, Any], mask: torch.Tensor) -> dict[str, Any]:
     """verl's global_batch_info; what agg_loss would count in this mask is at least 1, so that an empty one gives 0.
 
-    Across ranks agg_loss insists on being told, and still does.
+    With dp_size > 1 they stay unset, and agg_loss raises if they are missing.
     """
     info = dict(global_batch_info)
     if info.get("dp_size", 1) == 1:

@@ -5,7 +5,8 @@
     ratio_t = exp(min(log pi - sg(log pi) + sg(x_t), ratio_log_max))     value exp(x_t), gradient through log pi alone
     loss_t = max(-A_t ratio_t, -A_t clip(ratio_t, 1 - low, 1 + high))    clip=false: -A_t ratio_t
 
-A masked token is no observation: state and gain index carry over it, and nothing under the mask is read.
+x_0 = 0; K_t: kalman/local_level.py; sg: the value without its gradient. A masked token is no observation: state and
+gain index carry over it, and nothing under the mask is read.
 """
 
 import torch
@@ -13,8 +14,6 @@ import torch
 from verl_krpo.config import BATCH, KpoConfig
 from verl_krpo.kalman import LocalLevel, filtered_mean, noise, saturated
 from verl_krpo.kalman.sequence import power_of_two, schedule
-
-LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 def kpo(
@@ -54,7 +53,7 @@ def kpo(
             clipped, flat = bounded > loss, x > settings.ratio_log_max
             if settings.clip:
                 loss, flat = torch.maximum(loss, bounded), flat | clipped
-            slope = loss.masked_fill(flat, 0.0)  # d loss / d log pi: the ratio is its own derivative, a bound has none
+            slope = loss.masked_fill(flat, 0.0)  # d loss / d log pi is the loss itself; 0 at a bound
             raw_loss, raw_bounded = losses(z)
             diagnostics = _diagnostics(z, x, mask, raw_bounded > raw_loss, clipped, saturates, settings, model)
             diagnostics["kpo_measurement_var"] = measured_var
@@ -98,14 +97,14 @@ def _diagnostics(
     """What verl logs under `actor/`; means are over observed tokens, `raw` is before the filter.
 
     pg_clipfrac, pg_clipfrac_lower   share of tokens that are clipped; 0, since there is no dual clip
-    ppo_kl   mean of -z, the old log-prob less the new one
+    ppo_kl   mean of -z, the old log-prob minus the new one
     kpo_ratio_std_raw, kpo_ratio_std_filtered   standard deviation of the ratios; filtered is far smaller
-    kpo_ratio_max_raw   the largest ratio
+    kpo_ratio_max_raw   the largest ratio, before ratio_log_max bounds it
     kpo_logratio_abs_mean_raw, kpo_logratio_abs_mean_filtered   mean of |z| and |x|; compare x with the clip range
     kpo_gain_last   mean over the rows of the gain at their last token; below 1e-4 the filter hardly moves
     kpo_measurement_var   R in use; with `batch` the estimate, 0 where there was nothing to measure
     kpo_innovation_clipfrac   share of tokens whose innovation saturates
-    kpo_switch_raw, kpo_switch_filtered   share of neighboring tokens of which one is clipped and the other is not
+    kpo_switch_raw, kpo_switch_filtered   share of neighboring tokens of which one is clipped (clip=false: would be)
     """
     count, pairs = mask.sum(dim=1), mask[:, 1:] & mask[:, :-1]
     tokens, rows = count.sum().clamp(min=1), (count > 0).sum().clamp(min=1)
@@ -128,7 +127,7 @@ def _diagnostics(
         "ppo_kl": -mean(z),
         "kpo_ratio_std_raw": std(z),
         "kpo_ratio_std_filtered": std(x),
-        "kpo_ratio_max_raw": largest.clamp(max=LARGEST_FLOAT),
+        "kpo_ratio_max_raw": largest.clamp(max=torch.finfo(torch.float32).max),
         "kpo_logratio_abs_mean_raw": mean(z.abs()),
         "kpo_logratio_abs_mean_filtered": mean(x.abs()),
         "kpo_gain_last": (gains[count - 1] * (count > 0)).sum() / rows,
