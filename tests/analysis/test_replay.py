@@ -295,7 +295,7 @@ def test_the_verdict_names_the_rewards_the_methods_and_the_key(tmp_path):
 
 
 def test_every_key_of_a_verdict_composes(compose):
-    from verl_krpo.plugin.estimator import settings_of
+    from verl_krpo.config import krpo_settings
 
     for method, key in replay_report.KEYS.items():
         algorithm = compose(*key.split()).algorithm
@@ -303,7 +303,7 @@ def test_every_key_of_a_verdict_composes(compose):
             assert algorithm.adv_estimator == method
         else:
             expected = {"krpo": KrpoConfig(), "jspo": replaying.JSPO, "krpo_adaptive": ADAPTIVE}[method]
-            assert (algorithm.adv_estimator, settings_of(algorithm)) == ("krpo", expected)
+            assert (algorithm.adv_estimator, krpo_settings(algorithm)) == ("krpo", expected)
 
 
 def test_the_terminal_report_fits_80_columns(folder, tmp_path):

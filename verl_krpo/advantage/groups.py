@@ -71,7 +71,7 @@ def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) 
     codes, unique = pd.factorize(labels[rows])
     if (codes < 0).any():
         raise ValueError(f"no prompt id (None or NaN) in index at rows {rows[codes < 0][:8].tolist()}")
-    labels = np.asarray(unique, dtype=object)
+    labels = np.asarray(unique)
     rows = rows[np.argsort(codes, kind="stable")]
     sizes = np.bincount(codes, minlength=len(labels))
     mask = np.arange(sizes.max(initial=1)) < sizes[:, None]
@@ -91,7 +91,7 @@ def _hash(labels: np.ndarray) -> np.ndarray:
     """A 64-bit hash of every label for `shuffled`, the same in every process (Python's own of a string is not)."""
     from pandas.util import hash_array
 
-    return hash_array(labels, categorize=False)  # pyright: ignore
+    return hash_array(labels.astype(object), categorize=False)  # pyright: ignore
 
 
 def _mix(seeds: np.ndarray, numbers: np.ndarray) -> np.ndarray:

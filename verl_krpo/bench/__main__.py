@@ -20,6 +20,8 @@ from verl_krpo.bench.timing import machine, markdown
 
 TABLES = {"filter": filter_bench.table, "kpo": kpo.table, "krpo": krpo.table, "reward": reward.table}
 
+HOST_ONLY = ("krpo", "reward")
+
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -30,8 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and (options.table in ("krpo", "reward") or not torch.cuda.is_available()):
-        parser.error(f"{options.table} runs on a CPU only" if torch.cuda.is_available() else "no CUDA device here")
+    if options.device == "cuda" and (options.table in HOST_ONLY or not torch.cuda.is_available()):
+        parser.error(f"{options.table} runs on a CPU only" if options.table in HOST_ONLY else "no CUDA device here")
     torch.set_num_threads(1)
     rows = TABLES[options.table](options.rounds, options.device)
     print(markdown(rows))
