@@ -295,6 +295,16 @@ def subclass(verl: Verl, ours: ast.ClassDef, parent: Found, tree: ast.Module) ->
                 yield f"{parent_name}.{node.name}", "is abstract, and ours has none"
 
 
+def _hook_calls(tree: ast.AST) -> Iterator[tuple[ast.Call, list[ast.expr]]]:
+    """Every Hook(...) and its positional arguments; one in a comprehension once for each line of what it runs over."""
+    looped = {id(n.elt): n.generators[0].iter for n in ast.walk(tree) if isinstance(n, ast.GeneratorExp)}
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "Hook"):
+        if id(call) in looped:
+            yield from ((call, line.elts) for line in looped[id(call)].elts)
+        else:
+            yield call, call.args
+
+
 def hooks(verl: Verl) -> Iterator[Need]:
     """The functions of plugin/hooks.py, and that they still begin with the parameters that ours name."""
     tree = ast.parse((OURS / "plugin/hooks.py").read_text())
@@ -302,8 +312,8 @@ def hooks(verl: Verl) -> Iterator[Need]:
     for path in [OURS / "plugin/hooks.py", *sorted(OURS.glob("backends/*.py"))]:
         top = _top(ast.parse(path.read_text()))
         functions |= {n.name: n for n in top if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
-    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "Hook"):
-        module, name = (argument.value for argument in call.args[:2])
+    for call, arguments in _hook_calls(tree):
+        module, name = (argument.value for argument in arguments[:2])
         if not _is_verl(module):
             continue
         options = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
@@ -315,7 +325,7 @@ def hooks(verl: Verl) -> Iterator[Need]:
         problem = None if target else "is not there"
         if target and isinstance(target.node, ast.FunctionDef | ast.AsyncFunctionDef):
             theirs = [p.arg for p in target.node.args.args]
-            ours = [p.arg for p in functions[ast.unparse(call.args[2]).split(".")[-1]].args.args[1:]]
+            ours = [p.arg for p in functions[ast.unparse(arguments[2]).split(".")[-1]].args.args[1:]]
             shift = "." in name  # self, whatever ours calls it
             if theirs[shift : len(ours)] != ours[shift:]:
                 problem = f"begins with ({', '.join(theirs)}), ours with ({', '.join(ours)})"

@@ -28,7 +28,7 @@ def test_two_batches_by_hand():
 def test_every_method_sees_the_same_batches(tmp_path, monkeypatch):
     tokenizer = tiny_model.tokenizer()
     model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=0)
-    tiny_model.warm_start(model, tokenizer, steps=60, seed=0, batch_size=16, say=lambda line: None)
+    tiny_model.warm_start(model, tokenizer, steps=60, seed=0, batch_size=16)
     model.save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     monkeypatch.setitem(conditions.CONDITIONS, "small", Condition("small", prompts=6, size=2, steps=2))
