@@ -228,6 +228,11 @@ def test_prompt_and_response_fit(job, model, limit, positions, status, said):
         assert "14.0 GiB" in findings[0].text and findings[0].code == 0
 
 
+def test_lengths_before_an_engine_is_named(job, model):
+    (model / "config.json").write_text(json.dumps({"max_position_embeddings": 131072}))
+    assert models.lengths(job("data.max_prompt_length=256", "actor_rollout_ref.rollout.name='???'")) == []
+
+
 def test_the_reward(job):
     at = "reward.custom_reward_function"
     assert data.reward(job()) == []

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from verl_krpo.doctor.finding import Finding, missing
 
@@ -97,7 +97,8 @@ def lengths(config: DictConfig) -> list[Finding]:
     if limit and limit < needed:
         text = f"{MAX_MODEL_LEN}={limit}, {together}: longer answers are cut without a word"
         return [missing(text, f"{MAX_MODEL_LEN}={needed}")]
-    if config.actor_rollout_ref.rollout.name == "vllm" and not limit and positions and positions > needed:
+    engine = OmegaConf.select(config, "actor_rollout_ref.rollout.name")  # None where the job has not said it yet
+    if engine == "vllm" and not limit and positions and positions > needed:
         text = (
             f"{MAX_MODEL_LEN} is not set: vLLM makes room for {positions} tokens{_room(model, positions)}, {together}"
         )
