@@ -4,6 +4,7 @@ Both classes are plain dataclasses. OmegaConf checks keys, types and words, `__p
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -196,13 +197,13 @@ def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
     """
     if isinstance(node, cls):
         return node
-    config = node if OmegaConf.is_config(node) else OmegaConf.create(dict(node or {}))
-    return _read(cls, OmegaConf.to_yaml(config, resolve=True), at)
+    values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node or {})
+    return _read(cls, json.dumps(values, default=lambda value: getattr(value, "name", str(value))), at)
 
 
 @functools.lru_cache(maxsize=64)  # a reading takes longer than the filter does
 def _read(cls: type[Config], text: str, at: str) -> Config:
-    node = cast(DictConfig, OmegaConf.create(text))
+    node = cast(DictConfig, OmegaConf.create(json.loads(text)))
     node.pop("_target_", None)
     try:
         return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node)))

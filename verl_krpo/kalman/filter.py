@@ -66,10 +66,11 @@ def leave_one_out(observations: torch.Tensor, mask: Mask, model: LocalLevel) -> 
 
     A row's only observation gets (m0, P0 + Q). A masked position leaves nothing out: it gets the smoothed belief.
     """
-    left = predicted(observations, mask, model)
+    mean, var = _states(observations, mask, model)
+    process_var, *_ = model.columns(len(mean), mean.device)
+    left = Belief(mean[:, :-1], var[:, :-1] + process_var[:, None])
     if mask is not None:
-        rest = filtered(observations, mask, model)
-        left = Belief(torch.where(mask.bool(), left.mean, rest.mean), torch.where(mask.bool(), left.var, rest.var))
+        left = Belief(*(torch.where(mask.bool(), *both) for both in zip(left, (mean[:, 1:], var[:, 1:]), strict=True)))
     return _product(left, _from_the_right(observations, mask, model))
 
 

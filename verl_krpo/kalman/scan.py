@@ -35,12 +35,13 @@ def solve(windows: list[Window], values: torch.Tensor, initial: torch.Tensor, dt
 
     The windows may cover more than n steps. Differentiable in values and initial.
     """
-    pieces, state, start = [], initial, 0
+    result, state, start = values.new_empty(values.shape, dtype=dtype), initial, 0
     for scaled_weight, decay_product in windows:
-        z = values[:, start : start + decay_product.shape[1]].double()
-        if not (n := z.shape[1]):
+        # In place, one copy of the window: allocating at every step costs twice the arithmetic.
+        x = values[:, start : start + decay_product.shape[1]].to(torch.float64, copy=True)
+        if not (n := x.shape[1]):
             break
-        x = decay_product[:, :n] * (state[:, None] + (scaled_weight[:, :n] * z).cumsum(dim=1))
-        state, start = x[:, -1], start + n
-        pieces.append(x.to(dtype))
-    return torch.cat(pieces, dim=1) if pieces else values.to(dtype)
+        x.mul_(scaled_weight[:, :n]).cumsum_(dim=1).add_(state[:, None]).mul_(decay_product[:, :n])
+        state, result[:, start : start + n] = x[:, -1], x
+        start += n
+    return result
