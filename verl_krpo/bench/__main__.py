@@ -3,6 +3,7 @@
     filter   the Kalman filters against the published approach
     kpo      the KPO loss, forward and backward, against verl's vanilla and the published loss
     krpo     the KRPO estimator against verl's grpo and grpo_vectorized (on a CPU, where verl computes advantages)
+    memory   what krpo_memory's memory of many prompts costs a step and a checkpoint
     reward   answers that the mathematics reward grades in a second, against verl's wrapper and math-verify alone
 
 One thread on a CPU.
@@ -15,12 +16,18 @@ from pathlib import Path
 import torch
 
 from verl_krpo.bench import filter as filter_bench
-from verl_krpo.bench import kpo, krpo, reward
+from verl_krpo.bench import kpo, krpo, memory, reward
 from verl_krpo.bench.timing import machine, markdown
 
-TABLES = {"filter": filter_bench.table, "kpo": kpo.table, "krpo": krpo.table, "reward": reward.table}
+TABLES = {
+    "filter": filter_bench.table,
+    "kpo": kpo.table,
+    "krpo": krpo.table,
+    "memory": memory.table,
+    "reward": reward.table,
+}
 
-HOST_ONLY = ("krpo", "reward")
+HOST_ONLY = ("krpo", "memory", "reward")
 
 
 def main(arguments: list[str] | None = None) -> None:

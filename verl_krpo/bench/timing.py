@@ -4,6 +4,7 @@ On a CPU their own CPU time counts. Compare them by the median of a round's rati
 """
 
 import math
+import os
 import platform
 import random
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler would print every start and stop
 SAMPLE = 2e-2  # seconds: what is quicker is repeated until it takes as long
 
 
@@ -72,15 +74,9 @@ def markdown(rows: list[dict]) -> str:
     """The rows as a table; a column of numbers in three digits."""
 
     def cell(value):
-        return (
-            ""
-            if value is None
-            else value
-            if isinstance(value, str)
-            else f"{value:.3g}"
-            if value < 100
-            else f"{value:.0f}"
-        )
+        if value is None or isinstance(value, str):
+            return value or ""
+        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
