@@ -93,7 +93,7 @@ def test_what_is_estimated_is_reported():
     rewards, uids = rewards_and_uids(sizes=(4,) * 8)
     found, scalars = estimated(rewards, uids, **vars(ADAPTIVE))
     for name, values in (
-        ("measurement_var", found.prior.noise_var),
+        ("measurement_var", found.prior.scale_var),
         ("prior_mean", found.prior.init_mean),
         ("prior_var", found.prior.init_var),
     ):

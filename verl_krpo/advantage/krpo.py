@@ -36,7 +36,7 @@ import torch
 from verl_krpo.advantage import jspo
 from verl_krpo.advantage.groups import Groups, group
 from verl_krpo.advantage.memory import PromptMemory, Visits, observe
-from verl_krpo.advantage.shrinkage import Prior, exchangeable, group_moments, prior_of
+from verl_krpo.advantage.shrinkage import Prior, group_moments, prior_of, without_drift
 from verl_krpo.config import KRPO_AT, Baseline, KrpoConfig, Memory, Order, Scale
 from verl_krpo.kalman import LocalLevel, filtered, leave_one_out, posterior, predicted, smoothed
 
@@ -95,7 +95,7 @@ def krpo(
     if memory is not None:
         step = memory.step + 1 if step is None else step
         visits = memory.recall(groups.labels, step)
-        prior, memory = observe(memory, values, groups, step, settings.memory_var, prior)
+        prior, memory = observe(memory, visits, values, groups, step, settings.memory_var, prior)
 
     # Filtering deviations from the prior mean: equal rewards have advantages of exactly 0, not of rounding errors.
     init_mean = prior.init_mean[:, None]
@@ -104,7 +104,7 @@ def krpo(
     if settings.baseline == Baseline.jspo:
         mean, var = jspo.baseline(values, groups) - init_mean, torch.full_like(values, torch.nan)
     elif order_free:
-        mean, var = exchangeable(deviations, groups, prior, own=settings.baseline != Baseline.leave_one_out)
+        mean, var = without_drift(deviations, groups, prior, own=settings.baseline != Baseline.leave_one_out)
     elif settings.baseline == Baseline.posterior:
         mean, var = (x[:, None].expand_as(values) for x in posterior(deviations, groups.mask, model))
     else:
@@ -126,7 +126,7 @@ def _scale(
     if settings.scale == Scale.filter_std:
         return var.sqrt() + settings.epsilon
     if settings.scale == Scale.innovation_std:
-        return (var + prior.noise_var[:, None]).sqrt() + settings.epsilon
+        return (var + prior.scale_var[:, None]).sqrt() + settings.epsilon
     if settings.scale == Scale.none:
         return 1.0
     if settings.scale == Scale.group_std:

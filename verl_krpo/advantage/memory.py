@@ -176,12 +176,18 @@ class PromptMemory:
 
 
 def observe(
-    memory: PromptMemory, values: torch.Tensor, groups: Groups, step: int, memory_var: float | str, prior: Prior
+    memory: PromptMemory,
+    visits: Visits,
+    values: torch.Tensor,
+    groups: Groups,
+    step: int,
+    memory_var: float | str,
+    prior: Prior,
 ) -> tuple[Prior, PromptMemory]:
     """The prior of every group for the rewards of `step`, values (groups, width), and the memory after them.
 
-    memory_var: Q, or `auto`. prior: that of krpo_adaptive; it stays until there is a better one, and for `noise_var`,
-    by which advantages are scaled. ValueError where the memory has already observed a later step.
+    visits: what the memory recalls of the groups. memory_var: Q, or `auto`. prior: that of krpo_adaptive; it stays
+    until there is a better one, and for `scale_var`, by which advantages are scaled. ValueError where the memory has already observed a later step.
     """
     if step < memory.step:
         raise ValueError(f"krpo's memory has observed step {memory.step}: it cannot go back to step {step}")
@@ -196,7 +202,7 @@ def observe(
     forget = FORGET ** (step - memory.step)
     moments = forget * memory.moments + _moments(sizes, squares, between)
 
-    visits, learned = memory.recall(groups.labels, step), memory.noise(memory_var)
+    learned = memory.noise(memory_var)
     noise = learned or replace(memory, moments=moments).noise(memory_var)
     if noise is None:
         return prior, replace(memory, moments=moments, step=step)
@@ -223,7 +229,7 @@ def observe(
     )
     if learned:
         learned_var, mean = torch.full_like(var, noise.measurement_var), level + rise_by_others + deviation
-        prior = Prior(*(x.to(values.device) for x in (learned_var, mean, var, prior.noise_var)))
+        prior = Prior(*(x.to(values.device) for x in (learned_var, mean, var, prior.scale_var)))
     return prior, after
 
 

@@ -49,7 +49,7 @@ class Prior(NamedTuple):
     measurement_var: torch.Tensor  # R for the filter
     init_mean: torch.Tensor
     init_var: torch.Tensor
-    noise_var: torch.Tensor  # R for scales
+    scale_var: torch.Tensor  # R for scales
 
 
 def prior_of(values: torch.Tensor, groups: Groups, settings: KrpoConfig) -> Prior:
@@ -77,11 +77,11 @@ def prior_of(values: torch.Tensor, groups: Groups, settings: KrpoConfig) -> Prio
     others = len(sizes) - 1  # groups
     total, others_within = sum_of_others(sizes), sum_of_others(within)
     shift, between = sum_of_others(sizes * centered), sum_of_others(sizes * offset.square())
-    noise_var = measurement_var
+    scale_var = measurement_var
     if measurement_var == BATCH:
         measurement_var = _variance(others_within, total - others)
         spread = (within.sum() + (sizes * centered.square()).sum()) / (sizes.sum() - 1).clamp(min=1)
-        noise_var = _variance(within.sum() + SHRINKAGE * spread, sizes.sum() - len(sizes) + SHRINKAGE)
+        scale_var = _variance(within.sum() + SHRINKAGE * spread, sizes.sum() - len(sizes) + SHRINKAGE)
     if init_var == BATCH and others < 2:
         init_var = float("inf")
     elif init_var == BATCH and init_mean == BATCH:
@@ -92,10 +92,10 @@ def prior_of(values: torch.Tensor, groups: Groups, settings: KrpoConfig) -> Prio
     if init_mean == BATCH:
         init_mean = grand + shift / total.clamp(min=1) + origin
         init_var = init_var if others else float("inf")
-    return Prior(*map(number, (measurement_var, init_mean, init_var, noise_var)))
+    return Prior(*map(number, (measurement_var, init_mean, init_var, scale_var)))
 
 
-def exchangeable(deviations: torch.Tensor, groups: Groups, prior: Prior, own: bool) -> Belief:
+def without_drift(deviations: torch.Tensor, groups: Groups, prior: Prior, own: bool) -> Belief:
     """The filter with Q = 0 in one step: the state less m0, given all members (`own`) or all others, (groups, width).
 
     deviations: r - m0, (groups, width), 0 where there is no member. P0 = inf is the diffuse limit.

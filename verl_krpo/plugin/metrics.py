@@ -52,7 +52,7 @@ def scalars(estimate: Estimate, settings: KrpoConfig) -> dict[str, float]:
     model = LocalLevel(settings.process_var, prior.measurement_var, prior.init_mean, prior.init_var)
     innovation, innovation_var = innovations(estimate.rewards, groups.mask, model)
     gain_of = 1 - prior.measurement_var[:, None] / innovation_var
-    innovation_var = innovation_var + (prior.noise_var - prior.measurement_var)[:, None]
+    innovation_var = innovation_var + (prior.scale_var - prior.measurement_var)[:, None]
     last = (groups.sizes - 1)[:, None]
     gain = torch.cat([gain_of[:, :1], gain_of.gather(1, last)], dim=1)
     size = torch.cat([estimate.advantage[:, :1], estimate.advantage.gather(1, last)], dim=1).abs() * (last > 0)
@@ -69,7 +69,7 @@ def scalars(estimate: Estimate, settings: KrpoConfig) -> dict[str, float]:
         "krpo/gain_first": gain_first,
         "krpo/gain_last": gain_last,
         "krpo/advantage_std": members(estimate.advantage).std(correction=0).item(),
-        "krpo/measurement_var": prior.noise_var[0].item(),
+        "krpo/measurement_var": prior.scale_var[0].item(),
         "krpo/prior_mean": prior.init_mean.mean().item(),
         "krpo/prior_var": prior.init_var.mean().item(),
         "krpo/groups": len(groups.labels),
