@@ -187,7 +187,8 @@ def observe(
     """The prior of every group for the rewards of `step`, values (groups, width), and the memory after them.
 
     visits: what the memory recalls of the groups. memory_var: Q, or `auto`. prior: that of krpo_adaptive; it stays
-    until there is a better one, and for `scale_var`, by which advantages are scaled. ValueError where the memory has already observed a later step.
+    until there is a better one, and for `scale_var`, by which advantages are scaled. ValueError where the memory has
+    already observed a later step.
     """
     if step < memory.step:
         raise ValueError(f"krpo's memory has observed step {memory.step}: it cannot go back to step {step}")
