@@ -160,11 +160,14 @@ def curves(
     out: Annotated[
         Path | None, typer.Option("--out", help="The figure, without ending; `reward` beside the first log.")
     ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Also a saturating curve through the accuracy: ceiling, speed, midpoint.")
+    ] = False,
 ) -> None:
     """What runs have learned: held-out accuracy before and after, reward, seconds a step, and the reward curve."""
     from verl_krpo.runs.curves import show
 
-    show(runs, out)
+    show(runs, out, fitted=fit)
 
 
 @app.command()

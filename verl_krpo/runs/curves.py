@@ -108,11 +108,17 @@ def _print(console, headings: Sequence[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
-    """Mean and standard deviation over runs that differ in their `_seedN` alone; none where no two do."""
+def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in their `_seedN` alone."""
     methods: dict[str, list[Run]] = {}
     for run in runs:
         methods.setdefault(re.sub(r"_seed\d+$", "", run.name), []).append(run)
+    return methods
+
+
+def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
+    """Mean and standard deviation over the seeds of a method; none where no method has two."""
+    methods = _by_method(runs)
     if max(map(len, methods.values())) < 2:
         return []
     rows = []
@@ -122,9 +128,38 @@ def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
     return rows
 
 
+def table_of_fits(runs: Sequence[Run], console=None) -> None:
+    """Print ceiling, speed and midpoint of every method, mean over its seeds and 95 % interval; who has no fit, why."""
+    from rich.console import Console
+
+    from verl_krpo.runs.fit import Fit, fit, over_seeds
+
+    console = console or Console(soft_wrap=False)
+    rows, reasons = [], []
+    for name, seeds in _by_method(runs).items():
+        fits: list[Fit] = []
+        for run in seeds:
+            try:
+                fits.append(fit(run.accuracy))
+            except ValueError as error:
+                reasons.append(f"{run.name}: no fit, {error}")
+        if fits:
+            numbers = [
+                f"{mean:.{digits}f}" + (f" ±{half:.{digits}f}" if half == half else "")
+                for mean, half, digits in zip(*over_seeds(fits), (3, 2, 1), strict=True)
+            ]
+            rows.append([name, str(len(fits)), *numbers])
+    console.print()
+    if rows:
+        _print(console, ("method", "seeds", "ceiling", "speed", "midpoint\n(step)"), rows)
+    for reason in reasons:
+        console.print(reason, soft_wrap=True, markup=False, highlight=False)
+
+
 def _mean_and_spread(values: Sequence[float]) -> str:
-    spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{_number(statistics.fmean(values))}{spread}"
+    mean = statistics.fmean(values)  # NaN where a run did not log it
+    spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 and not math.isnan(mean) else ""
+    return f"{_number(mean)}{spread}"
 
 
 def _number(value: float) -> str:
@@ -159,8 +194,10 @@ def plot(runs: Sequence[Run], path: str | os.PathLike) -> Path:
     return figure.save(drawn, path)
 
 
-def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, console=None) -> Path:
-    """Read the runs, draw the figure (default: reward.png beside the first log) and print the table."""
+def show(
+    paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, console=None, fitted: bool = False
+) -> Path:
+    """Read the runs, draw the figure (default: reward.png beside the first log) and print the table, or both tables."""
     runs = [read(path) for path in paths]
     if not runs:
         raise ValueError("name at least one run: a metrics.jsonl or its folder")
@@ -170,4 +207,6 @@ def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = Non
             run.name = str(path)
     drawn = plot(runs, out or runs[0].folder / "reward")
     table(runs, drawn, console)
+    if fitted:
+        table_of_fits(runs, console)
     return drawn

@@ -1,0 +1,69 @@
+"""A saturating curve through a run's held-out accuracy: does a method change how fast a model learns, or how far?
+
+    a(t) = a_0 + (A - a_0) / (1 + (t_mid / t)^B)            (arXiv 2510.13786, section 2)
+
+t: steps of training, a_0: the accuracy before the first. ceiling A: where it would end; speed B: how steep it is;
+midpoint t_mid: the step at which half of the way is done. By least squares.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from verl_krpo.runs.log import Series
+
+FEWEST = 5  # points after the first, for three unknowns
+
+
+class Fit(NamedTuple):
+    ceiling: float
+    speed: float
+    midpoint: float
+
+
+def saturating(steps: np.ndarray, start: float, ceiling: float, speed: float, midpoint: float) -> np.ndarray:
+    """a(t) at steps > 0."""
+    return start + (ceiling - start) / (1 + (midpoint / steps) ** speed)
+
+
+def fit(accuracy: Series) -> Fit:
+    """Of a run's {step: accuracy in 0..1}, the first one before training.
+
+    ValueError with fewer than FEWEST later points, or where they do not say what the curve is (it has not bent yet).
+    """
+    from scipy.optimize import curve_fit
+
+    (first, start), *later = sorted(accuracy.items())
+    if len(later) < FEWEST:
+        raise ValueError(
+            f"{len(later)} accuracies after the first: a curve of three numbers needs {FEWEST}; set trainer.test_freq"
+        )
+    steps, values = np.array(later, dtype=float).T
+    steps = steps - first
+    guess, most = Fit(min(0.99, max(values.max(), start) + 0.02), 1.0, float(np.median(steps))), 100 * steps[-1]
+    found, _ = curve_fit(
+        lambda t, *numbers: saturating(t, start, *numbers),
+        steps,
+        values,
+        p0=guess,
+        bounds=([0, 0.1, 0], [1, 10, most]),
+    )
+    fitted = Fit(*map(float, found))
+    if fitted.midpoint > steps[-1]:
+        raise ValueError(
+            f"half of the way would be done at step {fitted.midpoint:.0f}, and the run ends at {steps[-1]:.0f}: its "
+            "ceiling cannot be told yet"
+        )
+    return fitted
+
+
+def over_seeds(fits: Sequence[Fit]) -> tuple[Fit, Fit]:
+    """Mean over runs of one method, and half of its 95 % interval (Student's t); NaN of one run."""
+    from scipy import stats
+
+    values = np.array(fits)
+    if len(values) < 2:
+        return Fit(*values[0]), Fit(*[np.nan] * 3)
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return Fit(*values.mean(0)), Fit(*half)
