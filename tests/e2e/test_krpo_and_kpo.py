@@ -1,4 +1,4 @@
-"""Real verl jobs with KPO: several updates a batch, so that the ratios leave 1."""
+"""Real verl jobs with KRPO and KPO: several updates a batch, so that the ratios leave 1."""
 
 import math
 import os
@@ -30,6 +30,19 @@ METRICS = {
     "actor/kpo_gain_last", "actor/kpo_measurement_var", "actor/kpo_innovation_clipfrac",
     "actor/kpo_switch_raw", "actor/kpo_switch_filtered",
 }  # fmt: skip
+KRPO_METRICS = {
+    "krpo/baseline_mean",
+    "krpo/gain_first",
+    "krpo/gain_last",
+    "krpo/advantage_std",
+    "krpo/measurement_var",
+    "krpo/prior_mean",
+    "krpo/prior_var",
+    "krpo/nis",
+    "krpo/groups",
+    "krpo/group_size_min",
+    "krpo/singletons",
+}
 
 
 def check(job, steps=3):
@@ -42,10 +55,18 @@ def check(job, steps=3):
 
 
 def test_one_key_each_trains_with_krpo_and_kpo(verl_job):
-    """A plain verl command line and two keys, everything else published."""
+    """A plain verl command line and two keys, everything else published; their metrics beside verl's at every step."""
     job = verl_job(*JOB, "algorithm.adv_estimator=krpo", f"{ACTOR}.policy_loss.loss_mode=kpo")
     check(job)
-    assert all("krpo/gain_last" in metrics for metrics in job.steps())
+    for metrics in job.steps():
+        assert set(metrics) >= KRPO_METRICS
+        assert (metrics["krpo/groups"], metrics["krpo/group_size_min"], metrics["krpo/singletons"]) == (8, 4, 0)
+        prior = metrics["krpo/measurement_var"], metrics["krpo/prior_mean"], metrics["krpo/prior_var"]
+        assert prior == (1e-2, 0.0, 1.0)
+        # K_1 of the published filter: (P0 + Q) / (P0 + Q + R).
+        assert metrics["krpo/gain_first"] == pytest.approx(1.00001 / 1.01001)
+        # verl's own view of the same advantages: a mean over tokens of what is constant along a response.
+        assert abs(metrics["critic/advantages/max"]) < 100 and metrics["krpo/advantage_std"] > 0
 
 
 def test_several_turns_with_a_tool(verl_job):
