@@ -267,6 +267,7 @@ def training(
     first_seed: int = 0,
     model: Annotated[Path, typer.Option(help="The tiny model, made there if it is not.")] = Path("runs/model/tiny"),
     jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    other: Annotated[str, typer.Option(help="A method to compare all with, besides RLOO.")] = "grpo",
 ) -> None:
     """Train the tiny model under every method, on paired seeds; what is in OUT/runs.csv is not run again."""
     from verl_krpo.backends.tiny_model import build
@@ -274,7 +275,7 @@ def training(
 
     chosen = range(first_seed, first_seed + seeds)
     tasks = study.tasks(lab.CONDITIONS, conditions.split(","), lab.METHODS, methods.split(","), chosen)
-    print(study.study(out, lab.run, tasks, model, build, jobs))
+    print(study.study(out, lab.run, tasks, model, build, jobs, other))
 
 
 @study.command()
@@ -303,6 +304,7 @@ def off_policy(
     first_seed: int = 0,
     model: Annotated[Path, typer.Option(help="Warm-started models, made there if they are not.")] = Path("runs/model"),
     jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    other: Annotated[str, typer.Option(help="A loss to compare all with, besides REINFORCE.")] = "vanilla",
 ) -> None:
     """Policy losses on long answers with many updates a batch; what is in OUT/runs.csv is not run again."""
     from verl_krpo.studies import off_policy
@@ -317,7 +319,7 @@ def off_policy(
     )
     length = off_policy.CONDITIONS[condition].length
     folder = model / f"digits_{length}"
-    print(study.study(out, off_policy.run, tasks, folder, lambda path: off_policy.build(path, length), jobs))
+    print(study.study(out, off_policy.run, tasks, folder, lambda path: off_policy.build(path, length), jobs, other))
 
 
 def main() -> None:

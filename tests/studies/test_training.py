@@ -190,15 +190,15 @@ def test_the_summary_by_hand():
     assert by_method["jspo"]["rollouts"] == pytest.approx(1.5 / 3)
     assert by_method["jspo"]["difference"] == pytest.approx(0.15) and by_method["jspo"]["wins"] == 1
     assert by_method["jspo"]["difference_half"] == pytest.approx(12.7062 * 0.05, rel=1e-4)  # t, one degree of freedom
-    assert np.isnan(by_method["krpo"]["to_grpo"])
+    assert np.isnan(by_method["krpo"]["to_other"])
     grpo = curve_rows("grpo", [[0.0, 0.1, 0.2, 0.3, 0.5]] * 2)
     krpo = next(line for line in report.summary(rloo + slow + grpo) if line["method"] == "krpo")
-    assert krpo["to_grpo"] == pytest.approx(-0.1) and krpo["difference"] == pytest.approx(-0.4)
+    assert krpo["to_other"] == pytest.approx(-0.1) and krpo["difference"] == pytest.approx(-0.4)
     assert np.isnan(report.rollouts(np.ones((2, 5)), np.ones((2, 5))))
     assert by_method["krpo"]["rollouts"] == float("inf") and "never" in report.as_table([by_method["krpo"]])
     with pytest.raises(ValueError, match="twice"):
         report.summary(rloo + rloo)
     with pytest.raises(ValueError, match="several models"):
         report.summary(rloo + curve_rows("grpo", [[0.1, 0.2, 0.3, 0.4, 0.5]]))
-    with pytest.raises(ValueError, match="none of rloo"):
+    with pytest.raises(ValueError, match="none of batch_mean, rloo"):
         report.summary(slow)

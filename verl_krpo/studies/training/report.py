@@ -1,7 +1,8 @@
-"""What many runs say, a condition at a time: every method against RLOO, or the batch's mean where groups are of one.
+"""What many runs say, a condition at a time: every method against its reference, the first of REFERENCES that was run.
 
 accuracy    interquartile mean over the seeds of the accuracy at the end, 95 % interval by the bootstrap
-difference  mean over the seeds of the paired difference at the end, 95 % interval by Student's t; to_grpo: to GRPO
+difference  mean over the seeds of the paired difference at the end, 95 % interval by Student's t; to_other: to
+            another method, GRPO if none is named
 wins        share of the seeds in which the method ends higher
 rollouts    until the mean curve reaches the level that the reference has after three quarters of its rollouts, over
             the reference's own; 95 % interval by the bootstrap over seeds, paired; inf: not reached in the run
@@ -18,7 +19,7 @@ from scipy import stats
 from verl_krpo.runs import figure
 from verl_krpo.studies import report
 
-REFERENCES = ("rloo", "batch_mean", "reinforce")
+REFERENCES = ("batch_mean", "rloo", "reinforce")  # the first where groups are of one, the last of policy losses
 LEVEL_AFTER = 0.75  # of the reference's rollouts
 RESAMPLES = 2000
 FEWEST = 5  # seeds that a bootstrap needs
@@ -42,7 +43,7 @@ def by_condition(rows: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
     return runs
 
 
-def summary(rows: list[dict]) -> list[dict]:
+def summary(rows: list[dict], other: str = "grpo") -> list[dict]:
     """One line a condition and method; over the seeds that the method shares with its reference."""
     lines = []
     for condition, methods in by_condition(rows).items():
@@ -51,10 +52,11 @@ def summary(rows: list[dict]) -> list[dict]:
             raise ValueError(f"{condition}: none of {', '.join(REFERENCES)} to compare with")
         for method, runs in sorted(methods.items(), key=lambda item: _order(item[0])):
             seeds = sorted(runs.keys() & methods[reference].keys())
-            own, other = ([of[seed] for seed in seeds] for of in (runs, methods[reference]))
+            own, of_reference = ([of[seed] for seed in seeds] for of in (runs, methods[reference]))
             if seeds:
-                line = {"condition": condition, "method": method, "seeds": len(seeds)} | compare(own, other)
-                line["to_grpo"], line["to_grpo_half"] = to_grpo(runs, methods.get("grpo", {}))
+                line = {"condition": condition, "reference": reference, "method": method, "seeds": len(seeds)}
+                line |= compare(own, of_reference) | {"other": other}
+                line["to_other"], line["to_other_half"] = to_other(runs, methods.get(other, {}))
                 lines.append(line)
     return lines
 
@@ -84,9 +86,9 @@ def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
     }
 
 
-def to_grpo(runs: dict[int, dict], grpo: dict[int, dict]) -> tuple[float, float]:
-    """Mean paired difference at the end, and half of its interval; NaN where GRPO was not run."""
-    difference = np.array([runs[seed]["curve"][-1] - grpo[seed]["curve"][-1] for seed in runs.keys() & grpo.keys()])
+def to_other(runs: dict[int, dict], others: dict[int, dict]) -> tuple[float, float]:
+    """Mean paired difference at the end, and half of its interval; NaN where the other method was not run."""
+    difference = np.array([runs[seed]["curve"][-1] - others[seed]["curve"][-1] for seed in runs.keys() & others.keys()])
     return (float(difference.mean()), half_width(difference)) if len(difference) else (np.nan, np.nan)
 
 
@@ -144,13 +146,15 @@ def as_table(lines: list[dict]) -> str:
             str(line["seeds"]),
             f"{line['accuracy']:.3f}" + _interval(f"{line['accuracy_low']:.3f}", f"{line['accuracy_high']:.3f}"),
             _signed(line["difference"], line["difference_half"]),
-            _signed(line["to_grpo"], line["to_grpo_half"]),
+            _signed(line["to_other"], line["to_other_half"]),
             f"{line['wins']:.0%}",
             _ratio(line["rollouts"]) + _interval(_ratio(line["rollouts_low"]), _ratio(line["rollouts_high"])),
         ]
         for line in lines
     ]
-    header = ["condition", "method", "seeds", "accuracy", "to RLOO", "to GRPO", "wins", "rollouts"]
+    references = {line["reference"] for line in lines}
+    to = f"to {references.pop()}" if len(references) == 1 else "to reference"
+    header = ["condition", "method", "seeds", "accuracy", to, f"to {lines[0]['other']}", "wins", "rollouts"]
     return report.table(header, cells)
 
 
@@ -196,7 +200,7 @@ def draw_differences(lines: list[dict], path: Path) -> None:
         panel.remove()
     colors = figure.colors(sorted({line["method"] for line in lines}))
     for panel, condition in zip(panels.flat, conditions, strict=False):
-        shown = [line for line in lines if line["condition"] == condition and line["method"] not in REFERENCES]
+        shown = [line for line in lines if line["condition"] == condition and line["method"] != line["reference"]]
         shown.sort(key=lambda line: line["difference"])
         for k, line in enumerate(shown):
             at, half = line["difference"], line["difference_half"]
@@ -204,7 +208,7 @@ def draw_differences(lines: list[dict], path: Path) -> None:
         panel.set_yticks(range(len(shown)), [line["method"] for line in shown])
         panel.axvline(0, color="0.3", linewidth=0.8, linestyle="--")
         panel.set_title(condition)
-        panel.set_xlabel("accuracy less RLOO's, paired")
+        panel.set_xlabel("accuracy less the reference's, paired")
     figure.save(drawn, path)
 
 

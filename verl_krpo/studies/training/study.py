@@ -82,7 +82,15 @@ def tasks(
     return [Task(condition, method, seed) for seed in seeds for condition in chosen for method in of]
 
 
-def study(out: Path, run: Run, wanted: list[Task], model: Path, prepare: Callable[[Path], object], jobs: int) -> str:
+def study(
+    out: Path,
+    run: Run,
+    wanted: list[Task],
+    model: Path,
+    prepare: Callable[[Path], object],
+    jobs: int,
+    other: str = "grpo",
+) -> str:
     """Run what OUT/runs.csv has not, on the model that `prepare` makes where it is missing; then `show`."""
     from rich.progress import MofNCompleteColumn, Progress
 
@@ -95,18 +103,20 @@ def study(out: Path, run: Run, wanted: list[Task], model: Path, prepare: Callabl
                 accuracy = row["curve"].rpartition(" ")[2]
                 progress.console.print(f"{row['condition']} {row['method']} seed {row['seed']}: {accuracy}")
                 progress.advance(bar)
-    return show(path)
+    return show(path, other)
 
 
-def show(path: Path) -> str:
-    """Read a CSV of runs: write summary.csv, curves and differences beside it; the table as text."""
+def show(path: Path, other: str = "grpo") -> str:
+    """Read a CSV of runs: write summary.csv, curves and differences beside it; the table as text.
+
+    other: a method that all are compared with besides their reference."""
     from verl_krpo.studies import report as tables
     from verl_krpo.studies.training import report
 
     rows = finished(path)
     if not rows:
         raise ValueError(f"{path} holds no finished run")
-    lines = report.summary(rows)
+    lines = report.summary(rows, other)
     tables.write_csv(path.with_name("summary.csv"), lines)
     report.draw_curves(rows, path.with_name("curves"))
     report.draw_differences(lines, path.with_name("differences"))
