@@ -131,6 +131,38 @@ def test_abort_returns_the_part_and_resume_goes_on(serve):
     assert rest.stop_reason == "completed" and len(rest.token_ids) == 5
 
 
+def test_full_determinism_gives_the_same_answers_in_whatever_order_prompts_arrive(serve):
+    prompts = [PROMPT, PROMPT[:2], PROMPT, PROMPT[:3], PROMPT]
+
+    def answers(order, **settings):
+        async def scenario(server):
+            found = []
+            for part in order:  # batches of different sizes
+                outputs = await asyncio.gather(*[generate(server, prompt=prompts[i]) for i in part])
+                found += [(prompts[i], output.token_ids) for i, output in zip(part, outputs, strict=True)]
+            return sorted(found)
+
+        return serve(scenario, full_determinism=True, **settings)
+
+    first = answers([[0, 1, 2, 3, 4]])
+    assert first == answers([[4, 3], [2], [1, 0]])
+    assert first != answers([[0, 1, 2, 3, 4]], seed=7)
+    three = [tokens for prompt, tokens in first if prompt == PROMPT]
+    assert len({tuple(tokens) for tokens in three}) == 3  # samples, not copies
+
+
+def test_full_determinism_draws_anew_with_every_weights(serve):
+    async def scenario(server):
+        outputs = []
+        for step in (1, 2, 1):
+            await server.update_weights(list(server.model.state_dict().items()), last=True, global_steps=step)
+            outputs.append((await generate(server)).token_ids)
+        return outputs
+
+    first, second, again = serve(scenario, full_determinism=True)
+    assert first == again != second
+
+
 def test_a_server_that_leaves_rejects_new_requests(serve):
     async def scenario(server):
         await server.abort_all_requests(reject_request=True)
@@ -171,7 +203,7 @@ def test_requests_that_cannot_be_served_say_why(serve):
 
 @pytest.mark.parametrize(
     "setting",
-    ["tensor_model_parallel_size=2", "data_parallel_size=2", "logprobs_mode=raw_logprobs", "full_determinism=True"],
+    ["tensor_model_parallel_size=2", "data_parallel_size=2", "logprobs_mode=raw_logprobs"],
 )
 def test_settings_that_are_not_honoured_are_refused(compose, setting):
     rollout = compose("actor_rollout_ref.rollout.tensor_model_parallel_size=1").actor_rollout_ref.rollout

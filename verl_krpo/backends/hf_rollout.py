@@ -7,6 +7,8 @@ Tokens go in and out; there is no HTTP endpoint and no tensor parallelism.
 
 import asyncio
 import os
+from collections import Counter
+from hashlib import blake2b
 from typing import Any
 
 import ray
@@ -44,11 +46,6 @@ def check(rollout: RolloutConfig | DictConfig) -> None:
             "log-probabilities of the sampled distribution, set actor_rollout_ref.rollout.logprobs_mode="
             "processed_logprobs"
         )
-    if rollout.full_determinism:
-        raise ValueError(
-            "actor_rollout_ref.rollout.full_determinism=True: rollout.name=hf batches requests as they arrive, set "
-            "actor_rollout_ref.rollout.full_determinism=False"
-        )
 
 
 class HfServer:
@@ -64,6 +61,7 @@ class HfServer:
         self.max_model_len = self.config.max_model_len or self.config.prompt_length + self.config.response_length
         self.generator = torch.Generator(self.device).manual_seed(self.config.seed + replica_rank)
         self.global_steps = None
+        self._asked: Counter[tuple[int, ...]] = Counter()  # requests for each prompt since the last weights
 
         self._waiting: asyncio.Queue[tuple[Request, asyncio.Future]] = asyncio.Queue()
         self._in_flight: set[Request] = set()
@@ -106,6 +104,8 @@ class HfServer:
             )
         limit = min(self.config.response_length, self.config.prompt_length + self.config.response_length - len(prompt))
         params = sampling.read_params({"ignore_eos": self.config.ignore_eos, **sampling_params}, max_tokens=limit)
+        if self.config.full_determinism and params.seed is None:
+            params = params._replace(seed=self._next_seed(prompt))
         request = Request(prompt, params._replace(max_tokens=min(params.max_tokens, room)))
 
         while not (self._open.is_set() and self._has_weights.is_set()):
@@ -120,6 +120,14 @@ class HfServer:
         self._waiting.put_nowait((request, done))
         await done
         return self._output(request, request.stop_reason)
+
+    def _next_seed(self, prompt: list[int]) -> int:
+        """Of (rollout.seed, step, prompt, how often it was asked): of one server the same answers in whatever order
+        requests arrive. verl's own request ids do not tell sessions apart."""
+        asked = self._asked[tuple(prompt)]
+        self._asked[tuple(prompt)] += 1
+        words = f"{self.config.seed} {self.global_steps} {prompt} {asked}"
+        return int.from_bytes(blake2b(words.encode(), digest_size=7).digest(), "big")
 
     def _output(self, request: Request, stop_reason: str) -> TokenOutput:
         return TokenOutput(
@@ -171,6 +179,7 @@ class HfServer:
             if missing:
                 raise ValueError(f"weight update left out {len(missing)} of {len(own)} tensors: {missing[:5]}")
             self._updated.clear()
+            self._asked.clear()
             self.global_steps = global_steps
             self._has_weights.set()
 
