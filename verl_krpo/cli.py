@@ -121,7 +121,7 @@ def replay(
         list[str] | None, typer.Option("--krpo", metavar="KEY=VALUE", help="A key of algorithm.krpo for method krpo.")
     ] = None,
 ) -> None:
-    """Recompute the advantages of rollouts that a verl job wrote under grpo, rloo, krpo, jspo and krpo_adaptive."""
+    """Recompute the advantages of a verl job's rollouts under grpo, rloo, jspo, krpo, krpo_adaptive and krpo_memory."""
     from tqdm import tqdm
 
     from verl_krpo.analysis import replay_report
@@ -244,6 +244,14 @@ def memory(out: Out, seed: Seed = 0) -> None:
     from verl_krpo.studies import memory
 
     print(memory.run(out, seed))
+
+
+@study.command()
+def selection(out: Out, seed: Seed = 0) -> None:
+    """What algorithm.filter_groups does to the gradient of each estimator (a few minutes)."""
+    from verl_krpo.studies import selection
+
+    print(selection.run(out, seed))
 
 
 @study.command()

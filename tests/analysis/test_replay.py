@@ -13,10 +13,12 @@ import torch
 from rich.console import Console
 
 from verl_krpo.advantage.krpo import krpo
+from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.analysis import replay as replaying
 from verl_krpo.analysis import replay_report, rollouts
 from verl_krpo.analysis.replay import METHODS, advantages, fit, replay, settings_from
-from verl_krpo.config import ADAPTIVE, KrpoConfig
+from verl_krpo.config import ADAPTIVE, MEMORY, PRESETS, KrpoConfig
+from verl_krpo.studies.memory import Training
 
 
 def rollout(step, prompt, session, score, output=0, **more):
@@ -117,7 +119,7 @@ def test_nothing_readable_is_an_error_that_names_the_lines(tmp_path):
         replay(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "krpo_memory"])
 def test_the_advantages_are_those_of_verls_registry(folder, method):
     import verl  # noqa: F401
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
@@ -227,23 +229,72 @@ def test_variances_are_within_a_percent_of_the_truth(law, members, adaptive):
     from verl_krpo.studies.simulate import LAWS
 
     rng, run = np.random.default_rng(5), replaying.Replay("simulated", KrpoConfig(), rollouts.Reading())
-    truth = dict.fromkeys(METHODS, np.zeros(2))
+    methods = [method for method in METHODS if method != "krpo_memory"]
+    truth = dict.fromkeys(methods, np.zeros(2))
     prompts = np.repeat([f"p{g}" for g in range(64)], members).astype(object)
     for number in range(120):
         rewards, theta, _ = LAWS[law](rng, 64, members)
         rewards, theta = rewards[0].ravel(), theta.ravel()
         replaying.add(run, rollouts.Step(number, rewards, prompts), rng)
-        for method in METHODS:
+        for method in methods:
             a = advantages(method, torch.from_numpy(rewards), prompts, run.settings).numpy()
             truth[method] = truth[method] + [np.mean(a**2), np.mean(a * (rewards - theta))]
     noise_per_signal = {method: 120 * square / signal**2 for method, (square, signal) in truth.items()}
-    for method in METHODS:
+    for method in methods:
         true = noise_per_signal[method] / noise_per_signal["rloo"]
         assert (method, run.variance(method)) == (method, pytest.approx(true, rel=0.01))
         low, high = run.interval(method)
         assert low <= run.variance(method) <= high
     if adaptive:
         assert run.variance("krpo_adaptive") == pytest.approx(adaptive, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_memorys_variance_is_that_of_the_true_chances(size):
+    """Prompts that recur and drift: E[A^2] / E[A (r - p)]^2 over RLOO's, where E[A (r - p)] = p (1 - p) / scale, and
+    RLOO's E[A^2] = p (1 - p) n / (n - 1). In pairs the estimate itself has a standard error of 1 %."""
+    rng, run = np.random.default_rng(6), replaying.Replay("simulated", KrpoConfig(), rollouts.Reading())
+    memory, sums = PromptMemory(), np.zeros(3)
+    training = Training(rise=0, pool=512, batch=128, steps=120)
+    for number, (prompts, p, rewards) in enumerate(training.draw(size, rng), start=1):
+        uids = np.repeat([f"{number}-{g}" for g in range(len(p))], size).astype(object)
+        step = rollouts.Step(number, rewards.ravel(), uids, prompts.repeat(size).astype(str).astype(object))
+        replaying.add(run, step, rng)
+        found = krpo(torch.from_numpy(step.rewards), step.names, MEMORY, memory=memory, step=number)
+        memory, noise = found.memory, (p * (1 - p)).repeat(size)
+        inverse = found.groups.scatter(1 / (found.baseline_var + found.prior.noise_var[:, None]).sqrt()).numpy()
+        sums += [(found.advantages() ** 2).sum(), (inverse * noise).sum(), noise.sum()]
+    true = sums[0] / sums[1] ** 2 * sums[2] * (size - 1) / size
+    assert run.variance("krpo_memory") == pytest.approx(true, rel=0.02 if size == 2 else 0.01)
+    assert run.variance("krpo_memory") < 0.95 * run.variance("krpo_adaptive")
+    assert len(run.memory) == 512
+
+
+def test_the_memory_goes_from_step_to_step_and_knows_a_prompt_by_its_text(tmp_path):
+    """A new uid every step; a session's later outputs, with other prompts, are no other prompt."""
+    rows = [
+        rollout(step, f"{step}-{g}", k, float((g + k + step) % 3 == 0), input=f"prompt {g}")
+        for step in (1, 2, 10)
+        for g in range(6)
+        for k in range(4)
+    ]
+    rows += [row | {"uid": row["uid"][:-1] + "1", "input": "then " + row["input"]} for row in rows[::5]]
+    run = replay(write_steps(tmp_path / "named", rows))
+    memory = PromptMemory()
+    for step in read_all(tmp_path / "named")[0]:
+        found = krpo(torch.from_numpy(step.rewards), step.names, MEMORY, memory=memory, step=step.number)
+        memory = found.memory
+        assert run.per_step[[1, 2, 10].index(step.number)]["krpo_memory"]["std"] == pytest.approx(
+            found.advantages().std(correction=0).item()
+        )
+    assert (len(run.memory), run.memory.step, run.named) == (6, 10, True)
+    assert ("prompts", "6 by their text, each 3 times") in replay_report.facts(run)
+
+    for row in rows:
+        del row["input"]
+    run = replay(write_steps(tmp_path / "unnamed", rows))
+    assert (len(run.memory), run.named) == (18, False)
+    assert any("knows none of them again" in value for _, value in replay_report.facts(run))
 
 
 def test_fit_recovers_the_model_that_made_the_rewards():
@@ -302,7 +353,7 @@ def test_every_key_of_a_verdict_composes(compose):
         if method in ("grpo", "rloo"):
             assert algorithm.adv_estimator == method
         else:
-            expected = {"krpo": KrpoConfig(), "jspo": replaying.JSPO, "krpo_adaptive": ADAPTIVE}[method]
+            expected = {"jspo": replaying.JSPO, **PRESETS}[method]
             assert (algorithm.adv_estimator, krpo_settings(algorithm)) == ("krpo", expected)
 
 

@@ -184,6 +184,8 @@ def wait_for(port, seconds=60):
         (["+algorithm=krpo", "actor_rollout_ref.rollout.multi_turn.enable=true"],
          {"actor_rollout_ref.rollout.multi_turn": "note"}),
         (["+algorithm=krpo", "algorithm.filter_groups.enable=true"], {"algorithm.filter_groups": "note"}),
+        (["+algorithm=krpo_adaptive", "algorithm.filter_groups.enable=true"],
+         {"algorithm.filter_groups.enable": "warning"}),
         ([KPO_GROUP, "actor_rollout_ref.actor.ppo_mini_batch_size=1024"],
          {"actor_rollout_ref.actor.ppo_mini_batch_size": "warning"}),
         ([KPO_GROUP], {"actor_rollout_ref.actor.clip_ratio_low": "warning"}),

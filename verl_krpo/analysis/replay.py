@@ -1,7 +1,7 @@
 """`verl-krpo replay`: the advantages that each estimator would give to rollouts a verl job has written.
 
-The rewards of every step go through krpo itself (the published settings, or those given), krpo_adaptive, jspo, and
-verl's formulas of grpo and rloo. Per step and over all:
+The rewards of every step go through krpo itself (the published settings, or those given), krpo_adaptive, krpo_memory
+(from step to step, a prompt known by its text), jspo, and verl's formulas of grpo and rloo. Per step and over all:
 
     std, max       of the advantages A
     order          root mean square over the responses of the standard deviation of A under random orders of a step's
@@ -20,9 +20,12 @@ and for A linear in the rewards the best linear estimate serves in the place of 
     m_g = w mean_g + (1 - w) mean of the step's other groups,    w = P0 / (P0 + R / n)
 
 with R and P0, the variance within and between prompts, by moments over all steps. Where the advantages of a group add
-up to zero (grpo, rloo) m drops out.
+up to zero (grpo, rloo) m drops out. What krpo_memory has learned of a prompt tells of m beyond the rewards at hand, so
+there m is not estimated; but its baseline leaves the own reward out, and E[A (r - m)] is E[(r - m)^2 / scale] whatever
+that baseline is: the group's variance over the scale.
 
-Memory does not grow with the files: a step is held at a time, sums over steps, and a sample of groups for the fit.
+Memory does not grow with the files: a step is held at a time, sums over steps, a sample of groups for the fit, and 32
+bytes a prompt for krpo_memory.
 """
 
 import math
@@ -34,15 +37,16 @@ import numpy as np
 import torch
 
 from verl_krpo.advantage.groups import Groups, group
-from verl_krpo.advantage.krpo import krpo
+from verl_krpo.advantage.krpo import Estimate, krpo
+from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.advantage.shrinkage import prior_of
 from verl_krpo.analysis import rollouts
-from verl_krpo.config import ADAPTIVE, KRPO_AT, Baseline, KrpoConfig, Order, Scale, read
+from verl_krpo.config import ADAPTIVE, KRPO_AT, MEMORY, Baseline, KrpoConfig, Order, Scale, read
 from verl_krpo.kalman import LocalLevel, innovations, log_likelihood
 from verl_krpo.plugin import metrics
 
 JSPO = KrpoConfig(baseline=Baseline.jspo, scale=Scale.none)
-METHODS = ("grpo", "rloo", "krpo", "jspo", "krpo_adaptive")
+METHODS = ("grpo", "rloo", "krpo", "jspo", "krpo_adaptive", "krpo_memory")
 ORDERS = 8  # random orders of a step's rows
 RESAMPLES = 1000  # of steps, for intervals
 KEPT_GROUPS = 2000  # sample for the fit
@@ -120,6 +124,8 @@ class Replay:
     binary: bool = True  # every reward is 0 or 1
     nis: list = field(default_factory=lambda: [0.0, 0])
     fit: Fit | None = None
+    memory: PromptMemory = field(default_factory=PromptMemory)
+    named: bool = True  # every row has told its prompt's text
 
     def variance(self, method: str) -> float:
         """Noise per signal, as a multiple of rloo's; NaN where no group has a spread."""
@@ -156,7 +162,7 @@ class Replay:
 
 
 def advantages(method: str, rewards: torch.Tensor, prompts: np.ndarray, settings: KrpoConfig) -> torch.Tensor:
-    """Advantages (rows,) of rewards (rows,) by one of METHODS."""
+    """Advantages (rows,) of rewards (rows,) by one of METHODS that has no memory."""
     if method in ("grpo", "rloo"):
         return _by_group_mean(method, rewards, group(prompts, torch.ones(len(rewards), dtype=torch.bool)))
     return krpo(rewards, prompts, {"krpo_adaptive": ADAPTIVE, "jspo": JSPO}.get(method, settings)).advantages()
@@ -213,15 +219,46 @@ def add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
     of_rows = arrived.scatter(equal[:, None].expand_as(arrived.mask))
     products = _products(rewards, arrived, result)
     for method in METHODS:
-        a = advantages(method, rewards, step.prompts, result.settings)
+        if method == "krpo_memory":
+            remembered = _remember(result, rewards, step)
+            a = remembered.advantages()
+            sums = products(a, _signal(remembered))
+        else:
+            a = advantages(method, rewards, step.prompts, result.settings)
+            sums = products(a)
         order = 0.0
         if method == "krpo":  # the others' formulas know no order
             order = _order_variance(method, rewards, step.prompts, result.settings, orders)
         result.totals[method].add(a, estimate.groups if method == "krpo" else arrived, of_rows, order)
-        result.totals[method].products.append(products(a))
+        result.totals[method].products.append(sums)
         spread = a.std(correction=0).item()
         row[method] = {"std": spread, "order": math.sqrt(order) / spread if spread else 0.0}
     result.per_step.append(row)
+
+
+def _remember(result: Replay, rewards: torch.Tensor, step: rollouts.Step) -> Estimate:
+    """krpo_memory after all steps before, where a step that goes back counts as the last one.
+
+    Without names no prompt is known again.
+    """
+    result.named &= step.names is not None
+    names = step.prompts if step.names is None else step.names
+    estimate = krpo(rewards, names, MEMORY, memory=result.memory, step=max(step.number, result.memory.step))
+    assert estimate.memory is not None
+    result.memory = estimate.memory
+    return estimate
+
+
+def _signal(estimate: Estimate) -> torch.Tensor:
+    """(rows,) whose sum estimates that of A (r - m): the variance of the own group, or of all, over the scale."""
+    groups, sizes = estimate.groups, estimate.groups.sizes[:, None]
+    deviation = torch.where(groups.mask, estimate.rewards - estimate.rewards[:, :1], 0.0)
+    deviation = torch.where(groups.mask, deviation - deviation.sum(dim=1, keepdim=True) / sizes, 0.0)
+    squares = deviation.square() * sizes / (sizes - 1).clamp(min=1)
+    degrees = (sizes - 1).sum()
+    pooled = deviation.square().sum() / degrees.clamp(min=1)
+    scale = (estimate.baseline_var + estimate.prior.noise_var[:, None]).sqrt()
+    return groups.scatter(torch.where(sizes > 1, squares, pooled) / scale)
 
 
 def _add_groups(result: Replay, rewards: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -240,8 +277,11 @@ def _add_groups(result: Replay, rewards: torch.Tensor, groups: Groups) -> torch.
     return equal
 
 
-def _products(rewards: torch.Tensor, groups: Groups, result: Replay) -> Callable[[torch.Tensor], np.ndarray]:
-    """Keep the step's moments; the function that sums A^2, A r, A mean_g, A mean of the other groups by group size."""
+def _products(rewards: torch.Tensor, groups: Groups, result: Replay) -> Callable[..., np.ndarray]:
+    """Keep the step's moments; the function that sums A^2, A r, A mean_g, A mean of the other groups by group size.
+
+    Given the signal too, it takes that in the place of A r, and of the other two 0.
+    """
     values, sizes = groups.gather(rewards), groups.sizes.double()
     means = values.sum(dim=1) / sizes
     count = sizes.sum()
@@ -258,9 +298,10 @@ def _products(rewards: torch.Tensor, groups: Groups, result: Replay) -> Callable
     result.sizes.append(present)
     factors = rewards.numpy(), rows(means), rows(others)
 
-    def sums(a: torch.Tensor) -> np.ndarray:
+    def sums(a: torch.Tensor, signal: torch.Tensor | None = None) -> np.ndarray:
         a = a.numpy()
-        return np.stack([np.bincount(at, weights=a * factor) for factor in (a, *factors)], axis=1)
+        products = [a * factor for factor in factors] if signal is None else [signal.numpy(), 0 * a, 0 * a]
+        return np.stack([np.bincount(at, weights=product) for product in (a * a, *products)], axis=1)
 
     return sums
 

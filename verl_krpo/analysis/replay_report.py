@@ -30,6 +30,7 @@ KEYS = {
     "krpo": "algorithm.adv_estimator=krpo",
     "jspo": "+algorithm=krpo algorithm.krpo.baseline=jspo algorithm.krpo.scale=none",
     "krpo_adaptive": "+algorithm=krpo_adaptive",
+    "krpo_memory": "+algorithm=krpo_memory",
 }
 TOO_MUCH = 1.05  # variance over rloo's from which a method is advised against
 
@@ -79,6 +80,8 @@ def facts(run: Replay) -> list[tuple[str, str]]:
         ("reward", f"mean {number(mean)}, std {number(math.sqrt(max(0.0, squares / count - mean**2)))}"),
         ("no signal", f"equal rewards in {run.equal_groups:,} groups ({_percent(run.equal_groups, run.groups)})"),
     ]
+    prompts = f"{len(run.memory):,} by their text, each {number(run.groups / max(1, len(run.memory)))} times"
+    rows.append(("prompts", prompts if run.named else "rows have no input: krpo_memory knows none of them again"))
     if run.singletons:
         rows.append(("groups of one", f"{run.singletons:,}"))
     changed = {k: v for k, v in vars(run.settings).items() if v != getattr(KrpoConfig(), k)}

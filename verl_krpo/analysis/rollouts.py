@@ -3,6 +3,8 @@
 verl writes STEP.jsonl, a line a response: `input`, `output`, `gts`, `score`, `step`, and with the V1 trainer `uid`,
 which is `{prompt}_{session}_{output}`. A session with several outputs counts once, by its final one. Without `uid`
 (older trainers) responses are grouped by their prompt's text. `score` is the reward before any KL penalty.
+
+A uid is new in every step. What lasts is `input`, the prompt's text: that of a session's first output.
 """
 
 import hashlib
@@ -21,11 +23,15 @@ NAMED = 5  # damaged lines that are named; all are counted
 
 @dataclass
 class Step:
-    """One step's rewards (rows,) float64 and prompt ids (rows,) object, in the order of the file."""
+    """One step's rewards (rows,) float64, prompt ids and names (rows,) object, in the order of the file.
+
+    names: the same in every step in which a prompt comes; None where a row has no `input`.
+    """
 
     number: int
     rewards: np.ndarray
     prompts: np.ndarray
+    names: np.ndarray | None = None
 
 
 @dataclass
@@ -96,18 +102,22 @@ def _row(line: bytes, path: Path, at: int, reading: Reading) -> tuple | None:
         step = int(path.stem)
     if not isinstance(step, int):
         return reading.skip(path, at, f"step is {step!r}, not a whole number")
-    key = row.get("uid")
+    key, text = row.get("uid"), row.get("input")
+    text = hashlib.blake2b(text.encode(), digest_size=12).hexdigest() if isinstance(text, str) else None
     if isinstance(key, str) and key:
-        return step, float(score), key, None
-    if not isinstance(row.get("input"), str):
+        return step, float(score), key, text
+    if text is None:
         return reading.skip(path, at, "neither uid nor input says which prompt this answers")
     reading.by_text = True
-    return step, float(score), None, hashlib.blake2b(row["input"].encode(), digest_size=12).hexdigest()
+    return step, float(score), None, text
 
 
 def _step(number: int, rewards: list, keys: list, texts: list) -> Step:
     if all(key is not None and key.count("_") >= 2 for key in keys):
         rows, _ = final_outputs(keys)
+        begun = {key.rpartition("_")[0]: text for key, text in zip(keys, texts, strict=True) if key.endswith("_0")}
+        texts = [begun.get(keys[row].rpartition("_")[0], texts[row]) for row in rows]
         rewards, keys = [rewards[row] for row in rows], [keys[row].rsplit("_", 2)[0] for row in rows]
-    labels = [key if key is not None else text for key, text in zip(keys, texts, strict=False)]
-    return Step(number, np.array(rewards, dtype=np.float64), np.array(labels, dtype=object))
+    labels = [key if key is not None else text for key, text in zip(keys, texts, strict=True)]
+    names = None if None in texts else np.array(texts, dtype=object)
+    return Step(number, np.array(rewards, dtype=np.float64), np.array(labels, dtype=object), names)

@@ -109,6 +109,7 @@ class Caveat(NamedTuple):
     text: str
 
 
+SHRINKS = ("leave_one_out", "jspo")  # baselines that are fitted to what they see
 OF_KRPO = (
     Caveat(
         lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none",
@@ -137,8 +138,14 @@ OF_KRPO = (
         f"{ROLLOUT}.multi_turn", "note", "a session counts once, by its final output; tool tokens are masked",
     ),
     Caveat(
-        lambda c, krpo: c.algorithm.filter_groups.enable,
+        lambda c, krpo: c.algorithm.filter_groups.enable and krpo.baseline not in SHRINKS,
         "algorithm.filter_groups", "note", "groups of equal rewards are dropped before krpo sees them",
+    ),
+    Caveat(
+        lambda c, krpo: c.algorithm.filter_groups.enable and krpo.baseline in SHRINKS,
+        "algorithm.filter_groups.enable", "warning",
+        "{value}: the groups it drops are what shrinking gains from; with it this is no better than rloo and weighs "
+        "easy and hard prompts less. Set it to false, or algorithm.adv_estimator=rloo",
     ),
     Caveat(
         lambda c, krpo: OmegaConf.select(c, f"{CORRECTION}.rollout_rs"),
