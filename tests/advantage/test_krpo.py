@@ -428,6 +428,21 @@ def test_verls_own_entry_point_reaches_it(oracle):
     np.testing.assert_allclose(data.batch["advantages"][:, 0], oracle.published([1.0, 0.0, 1.0], "aab"), rtol=1e-6)
 
 
+def test_one_response_a_prompt_is_compared_with_the_other_prompts():
+    """verl's rloo_vectorized has nothing left there, its rloo and grpo no baseline."""
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    rewards = torch.tensor([1.0, 0, 1, 0, 0, 1, 0, 0])
+    prompts = np.array([f"p{i}" for i in range(8)], dtype=object)
+    batch = {"token_level_rewards": rewards[:, None], "response_mask": torch.ones(8, 1), "index": prompts}
+    found = {name: get_adv_estimator_fn(name)(**batch)[0][:, 0] for name in ("rloo_vectorized", "rloo", "grpo")}
+    assert not found["rloo_vectorized"].any() and found["rloo"].equal(rewards)
+    torch.testing.assert_close(found["grpo"], rewards, rtol=1e-5, atol=0)
+    estimate = krpo(rewards, prompts, PRESET)
+    torch.testing.assert_close(estimate.baseline[:, 0], (rewards.sum() - rewards).double() / 7)
+    assert estimate.advantages().sign().equal(2 * rewards.double() - 1)
+
+
 def test_the_preset_is_the_recommended_estimator(compose):
     algorithm = compose("+algorithm=krpo_adaptive").algorithm
     assert algorithm.adv_estimator == "krpo" and krpo_settings(algorithm) == PRESET == KrpoConfig(**ADAPTIVE)

@@ -112,9 +112,14 @@ class Caveat(NamedTuple):
 SHRINKS = ("leave_one_out", "jspo")  # baselines that are fitted to what they see
 OF_KRPO = (
     Caveat(
-        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none",
+        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none" and krpo.baseline not in SHRINKS,
         f"{ROLLOUT}.n", "warning",
         "{value}: a group of one is compared with the prior mean only; use n >= 4, or +algorithm=krpo_memory",
+    ),
+    Caveat(
+        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none" and krpo.baseline in SHRINKS,
+        f"{ROLLOUT}.n", "note",
+        "{value}: compared with the other prompts of the batch; +algorithm=krpo_memory adds the prompt's own past",
     ),
     Caveat(
         lambda c, krpo: krpo.order == "arrival",
