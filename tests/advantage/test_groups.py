@@ -7,7 +7,7 @@ import uuid
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from verl_krpo.advantage.groups import group
@@ -31,7 +31,6 @@ def members_of(groups):
 labels = st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=40)
 
 
-@settings(deadline=None)
 @given(labels, st.data())
 def test_arrival_keeps_the_order_of_the_batch(index, data):
     counted = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(index), max_size=len(index))))
@@ -44,7 +43,6 @@ def test_arrival_keeps_the_order_of_the_batch(index, data):
     assert groups.sizes.tolist() == [len(rows) for rows in expected.values()]
 
 
-@settings(deadline=None)
 @given(labels, st.sampled_from(Order))
 def test_gather_and_scatter_are_inverse(index, order):
     groups = group(np.array(index, dtype=object), all_counted(len(index)), order)
@@ -55,7 +53,6 @@ def test_gather_and_scatter_are_inverse(index, order):
     assert (matrix[~groups.mask] == 0).all() and int(groups.mask.sum()) == len(index)
 
 
-@settings(deadline=None)
 @given(labels)
 def test_shuffled_is_a_permutation_within_each_group(index):
     array = np.array(index, dtype=object)
@@ -63,7 +60,6 @@ def test_shuffled_is_a_permutation_within_each_group(index):
     assert {k: sorted(v) for k, v in shuffled.items()} == arrival
 
 
-@settings(deadline=None)
 @given(labels, labels, st.randoms())
 def test_a_permutation_depends_on_the_uid_alone(index, others, random):
     """Whatever else is in the batch, and wherever: the arrival numbers of a group's members come in the same order."""

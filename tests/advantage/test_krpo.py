@@ -165,7 +165,7 @@ def rows_of(by_group):
     return [(f"uid-{k}", reward) for k, rewards in enumerate(by_group) for reward in rewards]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(groups_of_rewards, forms, st.randoms())
 def test_interleaving_the_groups_changes_nothing(oracle, by_group, form, random):
     rows = rows_of(by_group)
@@ -178,7 +178,7 @@ def test_interleaving_the_groups_changes_nothing(oracle, by_group, form, random)
     np.testing.assert_allclose(mixed, plain[taken], rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     groups_of_rewards,
     st.sampled_from(["posterior", "smoothed", "leave_one_out"]),
@@ -199,7 +199,7 @@ def test_order_free_forms_ignore_the_order_within_a_group(oracle, by_group, base
     np.testing.assert_allclose(mixed, plain[taken], rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(groups_of_rewards, forms, st.integers(-40, 40).map(lambda k: k / 8))
 def test_a_shift_of_all_rewards_changes_nothing_where_the_prior_mean_is_estimated(oracle, by_group, form, shift):
     form = form | dict(init_mean="batch")
@@ -210,7 +210,7 @@ def test_a_shift_of_all_rewards_changes_nothing_where_the_prior_mean_is_estimate
     np.testing.assert_allclose(moved, plain, rtol=1e-6, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(small_reward, min_size=2, max_size=7).filter(lambda g: len(set(g)) > 1), min_size=2, max_size=6),
     st.sampled_from([b.value for b in FILTERS]),
@@ -227,7 +227,7 @@ def test_units_of_the_reward_do_not_matter_where_all_is_estimated(oracle, by_gro
     np.testing.assert_allclose(scaled, plain * (factor if scale == "none" else 1.0), rtol=1e-6, atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.floats(-1e3, 1e3, width=32))
 def test_equal_rewards_have_no_advantage_under_adaptive(oracle, sizes, reward):
     uids = [f"uid-{k}" for k, size in enumerate(sizes) for _ in range(size)]

@@ -116,7 +116,7 @@ def test_first_step_is_krpo_adaptive():
         assert torch.equal(estimate.advantages(), adaptive.advantages())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(0, 6), st.sampled_from([AUTO, 1e-3]))
 def test_no_reward_enters_its_own_baseline_nor_its_group_the_prior(seed, before, memory_var):
     options = replace(MEMORY, memory_var=memory_var)

@@ -59,7 +59,7 @@ def test_a_greedy_row_reports_the_models_own_log_prob():
     torch.testing.assert_close(got, logits.log_softmax(-1), atol=0, rtol=0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     logits=st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12),
     temperature=st.floats(0.1, 5),

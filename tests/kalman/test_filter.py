@@ -66,7 +66,7 @@ def spread(name, beliefs, observed, z, q, r, m0, p):
     return rows
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     name=st.sampled_from(BELIEFS),
     seed=st.integers(0, 2**31),
@@ -103,7 +103,7 @@ def test_log_likelihood_is_that_of_the_joint_gaussian(q, kind):
         assert result[row].item() == pytest.approx(log_likelihood(values, q, 0.5, 0.3, 1.0), rel=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(EVERYTHING),
     seed=st.integers(0, 2**31),

@@ -67,7 +67,7 @@ def test_adversarial_sequences(name, observations, q_var):
     compare(observations, torch.ones_like(observations, dtype=torch.bool), q_var, 1.0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.floats(-50, 50), st.booleans()), min_size=1, max_size=40),
     st.floats(1e-9, 1e3),

@@ -30,7 +30,7 @@ def test_constant_coefficients(n, decay):
     assert worst_error(result, one_after_the_other(decays, weights, values, initial)) <= 1e-12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 20),

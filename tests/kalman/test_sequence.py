@@ -83,7 +83,7 @@ def worst_error(result, expected):
     return error.max().item()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 4),

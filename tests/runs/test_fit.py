@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as some
 from typer.testing import CliRunner
 
@@ -21,7 +21,6 @@ def accuracy(curve, start=0.3, steps=range(10, 101, 10), noise=0.0, seed=0):
     return {0: start} | {int(step): float(value) for step, value in zip(steps, values, strict=True)}
 
 
-@settings(deadline=None)
 @given(some.floats(0.5, 0.95), some.floats(0.8, 3.0), some.floats(10, 60))
 def test_a_curve_without_noise_is_found(ceiling, speed, midpoint):
     assert fit(accuracy((ceiling, speed, midpoint))) == pytest.approx((ceiling, speed, midpoint), rel=1e-3)
