@@ -1,8 +1,9 @@
 """What many runs say, a condition at a time: every method against its reference, the first of REFERENCES that was run.
 
 accuracy    interquartile mean over the seeds of the accuracy at the end, 95 % interval by the bootstrap
-difference  mean over the seeds of the paired difference at the end, 95 % interval by Student's t; to_other: to
-            another method, GRPO if none is named
+difference  mean over the seeds of the paired difference at the end, 95 % interval by Student's t
+area        the same of the accuracy averaged over the run, which fluctuates less
+to_other, area_to_other    these two to another method, GRPO if none is named
 wins        share of the seeds in which the method ends higher
 rollouts    until the mean curve reaches the level that the reference has after three quarters of its rollouts, over
             the reference's own; 95 % interval by the bootstrap over seeds, paired; inf: not reached in the run
@@ -55,8 +56,7 @@ def summary(rows: list[dict], other: str = "grpo") -> list[dict]:
             own, of_reference = ([of[seed] for seed in seeds] for of in (runs, methods[reference]))
             if seeds:
                 line = {"condition": condition, "reference": reference, "method": method, "seeds": len(seeds)}
-                line |= compare(own, of_reference) | {"other": other}
-                line["to_other"], line["to_other_half"] = to_other(runs, methods.get(other, {}))
+                line |= compare(own, of_reference) | to_other(runs, methods.get(other, {})) | {"other": other}
                 lines.append(line)
     return lines
 
@@ -70,7 +70,7 @@ def _order(method: str) -> int:
 def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
     """The measures above, of paired runs."""
     curves, others = (np.stack([run["curve"] for run in runs]) for runs in (own, other))
-    difference = curves[:, -1] - others[:, -1]
+    difference, area = curves[:, -1] - others[:, -1], curves.mean(1) - others.mean(1)
     accuracy, low, high = bootstrapped(interquartile_mean, curves)
     ratio, ratio_low, ratio_high = bootstrapped(rollouts, curves, others)
     return {
@@ -79,6 +79,8 @@ def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
         "accuracy_high": high,
         "difference": float(difference.mean()),
         "difference_half": half_width(difference),
+        "area": float(area.mean()),
+        "area_half": half_width(area),
         "wins": float((difference > 0).mean()),
         "rollouts": ratio,
         "rollouts_low": ratio_low,
@@ -86,10 +88,17 @@ def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
     }
 
 
-def to_other(runs: dict[int, dict], others: dict[int, dict]) -> tuple[float, float]:
-    """Mean paired difference at the end, and half of its interval; NaN where the other method was not run."""
-    difference = np.array([runs[seed]["curve"][-1] - others[seed]["curve"][-1] for seed in runs.keys() & others.keys()])
-    return (float(difference.mean()), half_width(difference)) if len(difference) else (np.nan, np.nan)
+def to_other(runs: dict[int, dict], others: dict[int, dict]) -> dict[str, float]:
+    """Paired differences at the end and over the run, with half of their intervals; NaN where the other was not run."""
+    if not (seeds := sorted(runs.keys() & others.keys())):
+        return dict.fromkeys(("to_other", "to_other_half", "area_to_other", "area_to_other_half"), np.nan)
+    measures = compare([runs[seed] for seed in seeds], [others[seed] for seed in seeds])
+    return {
+        "to_other": measures["difference"],
+        "to_other_half": measures["difference_half"],
+        "area_to_other": measures["area"],
+        "area_to_other_half": measures["area_half"],
+    }
 
 
 def interquartile_mean(curves: np.ndarray) -> np.ndarray:
@@ -146,7 +155,9 @@ def as_table(lines: list[dict]) -> str:
             str(line["seeds"]),
             f"{line['accuracy']:.3f}" + _interval(f"{line['accuracy_low']:.3f}", f"{line['accuracy_high']:.3f}"),
             _signed(line["difference"], line["difference_half"]),
+            _signed(line["area"], line["area_half"]),
             _signed(line["to_other"], line["to_other_half"]),
+            _signed(line["area_to_other"], line["area_to_other_half"]),
             f"{line['wins']:.0%}",
             _ratio(line["rollouts"]) + _interval(_ratio(line["rollouts_low"]), _ratio(line["rollouts_high"])),
         ]
@@ -154,7 +165,8 @@ def as_table(lines: list[dict]) -> str:
     ]
     references = {line["reference"] for line in lines}
     to = f"to {references.pop()}" if len(references) == 1 else "to reference"
-    header = ["condition", "method", "seeds", "accuracy", to, f"to {lines[0]['other']}", "wins", "rollouts"]
+    to_other = f"to {lines[0]['other']}"
+    header = ["condition", "method", "seeds", "accuracy", to, "area", to_other, "area", "wins", "rollouts"]
     return report.table(header, cells)
 
 
