@@ -24,7 +24,7 @@ say() { echo "[setup] $*" >&2; }
 # What each extra must be able to import. find_spec does not import, so this is quick; -I keeps this checkout off the
 # path, so that verl_krpo counts only where it is installed.
 modules="verl verl_krpo transfer_queue zmq msgspec cachetools fastapi uvicorn matplotlib math_verify"
-[ "$extra" = dev ] && modules="$modules pytest pytest_timeout xdist hypothesis statsmodels mpmath ruff basedpyright build mkdocs mkdocstrings latex2mathml"
+[ "$extra" = dev ] && modules="$modules pytest pytest_timeout xdist hypothesis statsmodels mpmath ruff basedpyright build twine mkdocs mkdocstrings latex2mathml"
 [ "$extra" = vllm ] && modules="$modules vllm"
 complete() {
     "$1" -I -c 'import sys, importlib.util as u; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))' $modules 2>/dev/null

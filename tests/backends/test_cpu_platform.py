@@ -71,7 +71,6 @@ def test_preparing_twice_changes_nothing(prepared, capsys):
     "override, message",
     [
         ("actor_rollout_ref.rollout.name=sglang", "rollout.name=sglang .*set .*name=hf or .*name=vllm"),
-        ("trainer.use_v1=False", "trainer.use_v1=False .*set trainer.use_v1=True"),
         ("actor_rollout_ref.actor.strategy=megatron", "actor.strategy=megatron .*set .*strategy=fsdp2"),
         ("trainer.device=npu", "trainer.device=npu .*set trainer.device=cpu"),
     ],
@@ -111,6 +110,11 @@ def test_servers_of_their_own_get_weights_over_gloo(prepared):
     assert config.actor_rollout_ref.rollout.nnodes == 1
     assert config.actor_rollout_ref.rollout.checkpoint_engine.backend == "gloo"
     assert cpu_platform.logical_resources(config) == (8, 2)
+
+
+def test_the_legacy_trainer_has_no_buffer(prepared):
+    config = prepared("trainer.use_v1=False")
+    assert (config.trainer.use_v1, config.trainer.v1.sampler.custom_sampler.name) == (False, None)
 
 
 def test_verls_own_buffer_stays_where_groups_are_filtered(prepared):

@@ -111,9 +111,9 @@ def start_job(job_inputs, tmp_path):
 
 @pytest.fixture
 def verl_job(start_job):
-    """verl_job(*overrides, seconds=240, **environment) -> the finished Job, which must have succeeded."""
+    """verl_job(*overrides, seconds=600, **environment) -> the finished Job, which must have succeeded."""
 
-    def run(*overrides: str, seconds: float = 240, **environment: str) -> Job:
+    def run(*overrides: str, seconds: float = 600, **environment: str) -> Job:
         job = start_job(*overrides, **environment).wait(seconds)
         assert job.code == 0, job.output[-6000:]
         return job

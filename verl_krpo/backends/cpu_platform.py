@@ -1,8 +1,8 @@
 """verl on a machine without a GPU: `VERL_PLATFORM=cpu`.
 
-Three things make verl's V1 trainer run there: a platform that answers verl's questions about the device
-(`CpuPlatform`), three repairs of calls that take a GPU for granted (plugin/hooks.py), and the settings a CPU run needs
-(`prepare`, on the driver, before Ray starts). Ray has no word for a CPU rank, so a rank holds a *logical* GPU:
+Three things make verl's trainers run there, V1 and the legacy one: a platform that answers verl's questions about the
+device (`CpuPlatform`), three repairs of calls that take a GPU for granted (plugin/hooks.py), and the settings a CPU run
+needs (`prepare`, on the driver, before Ray starts). Ray has no word for a CPU rank, so a rank holds a *logical* GPU:
 `n_gpus_per_node` counts ranks.
 """
 
@@ -166,19 +166,20 @@ def prepare(config: DictConfig) -> None:
         default(f"{model}.override_config.attn_implementation", None, "sdpa")
         require(f"{role}.strategy", "fsdp2")
         require(f"{model}.use_remove_padding", False)
-    require("trainer.use_v1", True)
     require("trainer.device", "cpu")
     require(f"{rollout}.name", "hf", "vllm")
     if config.actor_rollout_ref.rollout.name == "vllm":
         vllm_cpu.require_installed()
         for key, gpu, cpu in vllm_cpu.DEFAULTS:
             default(f"{rollout}.{key}", gpu, cpu)
-    if config.trainer.v1.trainer_mode == "separate_async":  # servers with ranks of their own, weights over gloo
+    if config.trainer.use_v1 and config.trainer.v1.trainer_mode == "separate_async":
+        # Servers with ranks of their own, which get their weights over gloo.
         default(f"{rollout}.nnodes", 0, 1)
         default(f"{rollout}.checkpoint_engine.backend", "naive", "gloo")
         default(f"{rollout}.checkpoint_engine.custom_backend_module", None, "verl_krpo.backends.gloo_checkpoint")
     _micro_batches(config, default)
-    _watched_sampler(config, default)
+    if config.trainer.use_v1:
+        _watched_sampler(config, default)
     _ray_resources(config, default)
     if settings.changed:
         print("VERL_PLATFORM=cpu sets", " ".join(f"{key}={value}" for key, value in settings.changed.items()))
