@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from verl_krpo.backends import tiny_model
+from verl_krpo.studies import gradient
 from verl_krpo.studies.training import conditions, lab, report, study
 from verl_krpo.studies.training.conditions import NOISES, Condition
 from verl_krpo.studies.training.methods import METHODS, Batch
@@ -185,6 +186,8 @@ def test_the_page_of_claims_says_what_the_runs_say(tmp_path):
         shutil.copy(ROOT / "docs/results" / folder / "runs.csv", tmp_path / folder)
         tables.append(study.show(tmp_path / folder / "runs.csv", other))
         assert tables[-1] in page, folder
+    tables.append(gradient.as_table(study.finished(ROOT / "docs/results/gradient/gradient.csv")))
+    assert tables[-1] in page
     for figure in (DIFFERENCE, ROLLOUTS):
         told = re.findall(figure, page + (ROOT / "README.md").read_text())
         assert set(told) <= set(re.findall(figure, "".join(tables)))

@@ -73,12 +73,17 @@ def run(out: Path, model: Path, condition: str = "pairs", batches: int = 100) ->
     """Write gradient.csv to `out`; the table as text."""
     rows = measure(model, condition, batches)
     report.write_csv(out / "gradient.csv", rows)
+    return as_table(rows)
+
+
+def as_table(rows: list[dict]) -> str:
+    """The rows, of `measure` or as a CSV has them, for reading."""
     lines = [
         [
-            f"{row['steps']} steps, {row['accuracy']:.2f}",
+            f"{row['steps']} steps, {float(row['accuracy']):.2f}",
             row["method"],
-            f"{row['snr']:.3f}",
-            f"{row['to_rloo']:.2f} ({row['to_rloo_low']:.2f} to {row['to_rloo_high']:.2f})",
+            f"{float(row['snr']):.3f}",
+            "{:.2f} ({:.2f} to {:.2f})".format(*(float(row[k]) for k in ("to_rloo", "to_rloo_low", "to_rloo_high"))),
         ]
         for row in rows
     ]
