@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # ---- user-adjustable ----
-PYTHON=${PYTHON:-python3}                 # the environment with verl, vLLM and verl-krpo
+PYTHON=${PYTHON:-}                        # the environment with verl, vLLM and verl-krpo; empty: python3's, in a rehearsal .venv
 OUT=${OUT:-runs/gpu_check}
 ROLLOUTS=${ROLLOUTS:-vllm hf}
 STEPS=${STEPS:-10}
@@ -24,6 +24,11 @@ mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1
 device=cuda
 [ "${VERL_PLATFORM:-}" != cpu ] || device=cpu
+if [ -z "$PYTHON" ]; then
+    PYTHON=python3
+    [ $device = cuda ] || PYTHON=$(bash scripts/setup.sh vllm)
+fi
+"$PYTHON" -c 'import verl, verl_krpo' || { echo "verl or verl-krpo is missing in $PYTHON: docs/recipes.md, or set PYTHON" >&2; exit 1; }
 
 echo "[1/5] doctor"
 "$PYTHON" -m verl_krpo doctor --json > "$OUT/doctor.json" || echo "doctor found something: $OUT/doctor.json"
