@@ -262,7 +262,7 @@ def test_the_memorys_variance_is_that_of_the_true_chances(size):
         replaying.add(run, step, rng)
         found = krpo(torch.from_numpy(step.rewards), step.names, MEMORY, memory=memory, step=number)
         memory, noise = found.memory, (p * (1 - p)).repeat(size)
-        inverse = found.groups.scatter(1 / (found.baseline_var + found.prior.noise_var[:, None]).sqrt()).numpy()
+        inverse = found.groups.scatter(1 / (found.baseline_var + found.prior.scale_var[:, None]).sqrt()).numpy()
         sums += [(found.advantages() ** 2).sum(), (inverse * noise).sum(), noise.sum()]
     true = sums[0] / sums[1] ** 2 * sums[2] * (size - 1) / size
     assert run.variance("krpo_memory") == pytest.approx(true, rel=0.02 if size == 2 else 0.01)

@@ -257,7 +257,7 @@ def _signal(estimate: Estimate) -> torch.Tensor:
     squares = deviation.square() * sizes / (sizes - 1).clamp(min=1)
     degrees = (sizes - 1).sum()
     pooled = deviation.square().sum() / degrees.clamp(min=1)
-    scale = (estimate.baseline_var + estimate.prior.noise_var[:, None]).sqrt()
+    scale = (estimate.baseline_var + estimate.prior.scale_var[:, None]).sqrt()
     return groups.scatter(torch.where(sizes > 1, squares, pooled) / scale)
 
 
