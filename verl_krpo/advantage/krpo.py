@@ -23,9 +23,9 @@ and the advantage of member i is its reward minus a baseline b_i, over a scale s
     none            1
 
 `predicted`, `leave_one_out` and `jspo` do not read r_i, so they add no bias to the policy gradient (a scale that is
-estimated from the batch, group_std or an R of `batch`, does read it). For `predicted` and
-`leave_one_out`, innovation_std is the standard deviation of r_i - b_i under the model. Where V_i is infinite (a diffuse
-prior and nothing else observed) there is nothing to compare r_i with and A_i = 0.
+estimated from the batch, group_std or an R of `batch`, does read it). For `predicted` and `leave_one_out`, with R a
+number, innovation_std is the standard deviation of r_i - b_i under the model. Where V_i is infinite (a diffuse prior
+and nothing else observed) there is nothing to compare r_i with and A_i = 0.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ from verl_krpo.advantage.shrinkage import Prior, group_moments, prior_of, withou
 from verl_krpo.config import KRPO_AT, Baseline, KrpoConfig, Memory, Order, Scale
 from verl_krpo.kalman import LocalLevel, filtered, leave_one_out, posterior, predicted, smoothed
 
-BASELINES = {
+BASELINES = {  # one belief a member; `posterior` has one a group, `jspo` is no filter
     Baseline.causal: filtered,
     Baseline.predicted: predicted,
     Baseline.smoothed: smoothed,
@@ -104,7 +104,8 @@ def krpo(
     if settings.baseline == Baseline.jspo:
         mean, var = jspo.baseline(values, groups) - init_mean, torch.full_like(values, torch.nan)
     elif order_free:
-        mean, var = without_drift(deviations, groups, prior, own=settings.baseline != Baseline.leave_one_out)
+        own = settings.baseline in (Baseline.posterior, Baseline.smoothed)
+        mean, var = without_drift(deviations, groups, prior, own)
     elif settings.baseline == Baseline.posterior:
         mean, var = (x[:, None].expand_as(values) for x in posterior(deviations, groups.mask, model))
     else:

@@ -19,8 +19,9 @@ w = (R + P0) / (V' + R / n), all steps before weigh W:
 
     W <- FORGET^steps W + sum w            L <- L + sum w (mean(r) - u' - L) / W
 
-and the L of a group's own baseline is the one without this group: it holds what the others gain in this very step, and
-no reward enters its own baseline. R, P0 and Q come from earlier steps alone, which are forgotten at the same rate:
+and what is stored as d is the state less the new L. The L of a group's own baseline is the one without this group: it
+holds what the others gain in this very step, and no reward enters its own baseline. R, P0 and Q come from earlier steps
+alone, which are forgotten at the same rate:
 
     R     squares within the groups over their degrees of freedom; a group of one adds e^2 - V' or, while its prompt is
           new, half of its square between the groups, whose mean is R + P0 (the split is not known yet)

@@ -20,9 +20,9 @@ other groups h, N = sum n_h, mean_h the mean of a group:
 
 What divides needs no such independence, must not be small just because this group's rewards are the first that differ
 (one success in a batch would count a hundredfold), and should fluctuate little from batch to batch. So scales take R
-over all groups, this one included, as if SHRINKAGE more rewards had been observed that vary as all of the batch do:
+over all groups, this one included, as if SCALE_REWARDS more rewards had been observed that vary as all of the batch do:
 
-    (sum_hj (r_hj - mean_h)^2 + SHRINKAGE var(r)) / (N - groups + SHRINKAGE)
+    (sum_hj (r_hj - mean_h)^2 + SCALE_REWARDS var(r)) / (N - groups + SCALE_REWARDS)
 
 Where there is nothing to estimate from:
 
@@ -40,7 +40,7 @@ from verl_krpo.config import BATCH, KrpoConfig
 from verl_krpo.kalman import Belief
 
 PUBLISHED_MEASUREMENT_VAR = 1e-2
-SHRINKAGE = 8  # rewards: without them small batches lose up to 3 % of RLOO's signal, with them less than 1 %
+SCALE_REWARDS = 8  # rewards: without them small batches lose up to 3 % of RLOO's signal, with them less than 1 %
 
 
 class Prior(NamedTuple):
@@ -81,7 +81,7 @@ def prior_of(values: torch.Tensor, groups: Groups, settings: KrpoConfig) -> Prio
     if measurement_var == BATCH:
         measurement_var = _variance(others_within, total - others)
         spread = (within.sum() + (sizes * centered.square()).sum()) / (sizes.sum() - 1).clamp(min=1)
-        scale_var = _variance(within.sum() + SHRINKAGE * spread, sizes.sum() - len(sizes) + SHRINKAGE)
+        scale_var = _variance(within.sum() + SCALE_REWARDS * spread, sizes.sum() - len(sizes) + SCALE_REWARDS)
     if init_var == BATCH and others < 2:
         init_var = float("inf")
     elif init_var == BATCH and init_mean == BATCH:

@@ -1,5 +1,7 @@
 """Kalman filter, smoother and leave-one-out of the local-level model: step by step over time, all rows at once.
 
+For short rows, such as the rewards of a group, each with a model of its own. Long rows of one model: sequence.py.
+
     x_i = x_{i-1} + w_i,  w_i ~ N(0, Q)        z_i = x_i + v_i,  v_i ~ N(0, R)        x_0 ~ N(m0, P0)
 
 Every function takes
@@ -8,8 +10,9 @@ Every function takes
     mask           (rows, time), bool or 0/1, true where something was observed; None: everywhere
     model          LocalLevel, its parameters numbers or (rows,) tensors
 
-and returns float64. A masked position is no observation: nothing there is read, and `filtered` and `smoothed` give the
-belief about the last observed state before it (or x_0). Gradients flow. ValueError names a wrong argument.
+and returns float64. A masked position is no observation and no step of time: nothing there is read, the state does not
+drift, and `filtered` and `smoothed` give the belief about the last observed state before it (or x_0). Gradients flow.
+ValueError names a wrong argument.
 """
 
 import dataclasses
