@@ -173,6 +173,7 @@ def curve_rows(method, curves):
 RUNS = {  # folder of docs/results -> the second method that its table compares with
     "training": "grpo",
     "training/recurring": "krpo_adaptive",
+    "training/claims": "grpo",
 }
 DIFFERENCE = r"[+-]0\.\d{3} ± 0\.\d{3}"
 ROLLOUTS = r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)"
