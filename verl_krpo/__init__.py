@@ -6,7 +6,7 @@ Importing this costs nothing: what is named here is loaded when it is first used
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from verl_krpo import config, kalman
