@@ -13,13 +13,6 @@ settings.load_profile("suite")
 ROOT = Path(__file__).parents[1]
 
 
-def pytest_collection_modifyitems(items):
-    """Real verl runs one after another in one of the processes of `pytest -n`; the other tests go on beside them."""
-    for item in items:
-        if item.get_closest_marker("e2e"):
-            item.add_marker(pytest.mark.xdist_group("e2e"))
-
-
 @pytest.fixture
 def compose():
     """compose(*overrides, name="ppo_trainer") -> the DictConfig that verl's driver would get."""
