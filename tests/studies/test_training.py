@@ -174,6 +174,7 @@ RUNS = {  # folder of docs/results -> the second method that its table compares 
     "training": "grpo",
     "training/recurring": "krpo_adaptive",
     "training/claims": "grpo",
+    "training/parts": "krpo",
 }
 DIFFERENCE = r"[+-]0\.\d{3} ± 0\.\d{3}"
 ROLLOUTS = r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)"
