@@ -93,20 +93,29 @@ def job_inputs(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture
-def start_job(job_inputs, tmp_path):
-    """start_job(*overrides, **environment) -> a RunningJob of verl's own command line."""
+def start_command(tmp_path):
+    """start_command(command, **environment) -> a RunningJob of it, in a folder of its own."""
     started = []
 
-    def start(*overrides: str, **environment: str) -> RunningJob:
+    def start(command: list[str], **environment: str) -> RunningJob:
         folder = tmp_path / f"job{len(started)}"
         folder.mkdir()
-        command = [sys.executable, "-m", "verl.trainer.main_ppo"]
-        started.append(RunningJob([*command, *job_inputs, *overrides], folder, environment))
+        started.append(RunningJob(command, folder, environment))
         return started[-1]
 
     yield start
     for job in started:
         job.stop()
+
+
+@pytest.fixture
+def start_job(job_inputs, start_command):
+    """start_job(*overrides, **environment) -> a RunningJob of verl's own command line."""
+
+    def start(*overrides: str, **environment: str) -> RunningJob:
+        return start_command([sys.executable, "-m", "verl.trainer.main_ppo", *job_inputs, *overrides], **environment)
+
+    return start
 
 
 @pytest.fixture

