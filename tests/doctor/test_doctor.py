@@ -180,6 +180,7 @@ def wait_for(port, seconds=60):
         ([], {"algorithm.adv_estimator": "warning"}),
         (["+algorithm=krpo"], {"actor_rollout_ref.rollout.n": "warning", "trainer.balance_batch": "note"}),
         (["+algorithm=krpo_adaptive"], {"actor_rollout_ref.rollout.n": "note"}),
+        (["+algorithm=krpo", "algorithm.krpo.baseline=leave_one_out"], {"actor_rollout_ref.rollout.n": "warning"}),
         (["+algorithm=krpo", "algorithm.krpo.order=arrival"], {"algorithm.krpo.order": "warning"}),
         (["+algorithm=krpo", "algorithm.use_kl_in_reward=true"], {"algorithm.use_kl_in_reward": "warning"}),
         (["+algorithm=krpo", "actor_rollout_ref.rollout.multi_turn.enable=true"],

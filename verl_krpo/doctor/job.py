@@ -109,15 +109,19 @@ class Caveat(NamedTuple):
     text: str
 
 
-SHRINKS = ("leave_one_out", "jspo")  # baselines that are fitted to what they see
+def _shrinks(krpo: KrpoConfig) -> bool:
+    """Its baseline is fitted to the prompts of the batch that it sees."""
+    return krpo.baseline == "jspo" or krpo.init_mean == "batch"
+
+
 OF_KRPO = (
     Caveat(
-        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none" and krpo.baseline not in SHRINKS,
+        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none" and not _shrinks(krpo),
         f"{ROLLOUT}.n", "warning",
         "{value}: a group of one is compared with the prior mean only; use n >= 4, or +algorithm=krpo_memory",
     ),
     Caveat(
-        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none" and krpo.baseline in SHRINKS,
+        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none" and _shrinks(krpo),
         f"{ROLLOUT}.n", "note",
         "{value}: compared with the other prompts of the batch; +algorithm=krpo_memory adds the prompt's own past",
     ),
@@ -143,11 +147,11 @@ OF_KRPO = (
         f"{ROLLOUT}.multi_turn", "note", "a session counts once, by its final output; tool tokens are masked",
     ),
     Caveat(
-        lambda c, krpo: c.algorithm.filter_groups.enable and krpo.baseline not in SHRINKS,
+        lambda c, krpo: c.algorithm.filter_groups.enable and not _shrinks(krpo),
         "algorithm.filter_groups", "note", "groups of equal rewards are dropped before krpo sees them",
     ),
     Caveat(
-        lambda c, krpo: c.algorithm.filter_groups.enable and krpo.baseline in SHRINKS,
+        lambda c, krpo: c.algorithm.filter_groups.enable and _shrinks(krpo),
         "algorithm.filter_groups.enable", "warning",
         "{value}: the groups it drops are what shrinking gains from; with it this is no better than rloo and weighs "
         "easy and hard prompts less. Set it to false, or algorithm.adv_estimator=rloo",
