@@ -200,7 +200,7 @@ def evaluate(
 
 @app.command(context_settings=PASSED_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
-    """What filters, loss and estimator cost: filter, kpo or krpo (see verl-krpo bench --help)."""
+    """What filters, loss, estimator, memory and reward cost (see verl-krpo bench --help)."""
     from verl_krpo.bench.__main__ import main as benchmark
 
     benchmark(context.args)

@@ -5,26 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from reference import metrics as names
 
 from verl_krpo.advantage.krpo import krpo
 from verl_krpo.config import ADAPTIVE, KrpoConfig
 from verl_krpo.plugin import metrics
 from verl_krpo.plugin.estimator import compute_advantage
-
-NAMES = {
-    "krpo/baseline_mean",
-    "krpo/gain_first",
-    "krpo/gain_last",
-    "krpo/advantage_std",
-    "krpo/advantage_abs_first_over_last",
-    "krpo/measurement_var",
-    "krpo/prior_mean",
-    "krpo/prior_var",
-    "krpo/nis",
-    "krpo/groups",
-    "krpo/group_size_min",
-    "krpo/singletons",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +61,7 @@ def test_every_metric_is_its_definition():
         "krpo/group_size_min": 1,
         "krpo/singletons": 1,
     }
-    assert set(exact) == NAMES
+    assert set(exact) == names.KRPO
     assert scalars == pytest.approx(exact, rel=1e-9)
 
 
@@ -134,5 +120,5 @@ def test_verls_log_carries_them_once(tmp_path, monkeypatch):
     log.finish()
     (path,) = tmp_path.rglob("*.jsonl")
     first, second = (json.loads(line)["data"] for line in path.read_text().splitlines())
-    assert set(first) == NAMES | {"actor/loss"} and second == own == {"actor/loss": 1.0}
+    assert set(first) == names.KRPO | {"actor/loss"} and second == own == {"actor/loss": 1.0}
     assert all(np.isfinite(value) for value in first.values())

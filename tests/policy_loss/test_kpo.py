@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from reference.metrics import KPO as KEYS
 from verl.trainer.ppo.core_algos import agg_loss
 
 from verl_krpo.bench.kpo import published_loss
@@ -12,13 +13,6 @@ from verl_krpo.kalman.noise import by_differences
 from verl_krpo.plugin.loss import compute_policy_loss
 
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
-KEYS = {
-    "actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl",
-    "actor/kpo_ratio_std_raw", "actor/kpo_ratio_std_filtered", "actor/kpo_ratio_max_raw",
-    "actor/kpo_logratio_abs_mean_raw", "actor/kpo_logratio_abs_mean_filtered",
-    "actor/kpo_gain_last", "actor/kpo_measurement_var", "actor/kpo_innovation_clipfrac",
-    "actor/kpo_switch_raw", "actor/kpo_switch_filtered",
-}  # fmt: skip
 
 
 def check(reference, batch, mode, config, kpo, weights=None, rtol=2e-6, atol=1e-7):

@@ -39,7 +39,7 @@ import torch
 from verl_krpo.advantage.groups import Groups, group
 from verl_krpo.advantage.krpo import Estimate, krpo
 from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.advantage.shrinkage import prior_of
+from verl_krpo.advantage.shrinkage import group_moments, prior_of
 from verl_krpo.analysis import rollouts
 from verl_krpo.config import ADAPTIVE, KRPO_AT, MEMORY, Baseline, KrpoConfig, Order, Scale, read
 from verl_krpo.kalman import LocalLevel, innovations, log_likelihood
@@ -251,14 +251,12 @@ def _remember(result: Replay, rewards: torch.Tensor, step: rollouts.Step) -> Est
 
 def _signal(estimate: Estimate) -> torch.Tensor:
     """(rows,) whose sum estimates that of A (r - m): the variance of the own group, or of all, over the scale."""
-    groups, sizes = estimate.groups, estimate.groups.sizes[:, None]
-    deviation = torch.where(groups.mask, estimate.rewards - estimate.rewards[:, :1], 0.0)
-    deviation = torch.where(groups.mask, deviation - deviation.sum(dim=1, keepdim=True) / sizes, 0.0)
-    squares = deviation.square() * sizes / (sizes - 1).clamp(min=1)
-    degrees = (sizes - 1).sum()
-    pooled = deviation.square().sum() / degrees.clamp(min=1)
+    groups, degrees = estimate.groups, estimate.groups.sizes - 1
+    _, squares = group_moments(estimate.rewards - estimate.rewards[:, :1], groups)
+    pooled = squares.sum() / degrees.sum().clamp(min=1)
+    var = torch.where(degrees > 0, squares / degrees.clamp(min=1), pooled)
     scale = (estimate.baseline_var + estimate.prior.scale_var[:, None]).sqrt()
-    return groups.scatter(torch.where(sizes > 1, squares, pooled) / scale)
+    return groups.scatter(var[:, None] / scale)
 
 
 def _add_groups(result: Replay, rewards: torch.Tensor, groups: Groups) -> torch.Tensor:

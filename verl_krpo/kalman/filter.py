@@ -36,9 +36,7 @@ def predicted(observations: torch.Tensor, mask: Mask, model: LocalLevel) -> Beli
 
     At a masked position: the prediction of the next observation's state.
     """
-    mean, var = _states(observations, mask, model)
-    process_var, *_ = model.columns(len(mean), mean.device)
-    return Belief(mean[:, :-1], var[:, :-1] + process_var[:, None])
+    return _ahead(_states(observations, mask, model), model)
 
 
 def innovations(observations: torch.Tensor, mask: Mask, model: LocalLevel) -> Belief:
@@ -69,11 +67,11 @@ def leave_one_out(observations: torch.Tensor, mask: Mask, model: LocalLevel) -> 
 
     A row's only observation gets (m0, P0 + Q). A masked position leaves nothing out: it gets the smoothed belief.
     """
-    mean, var = _states(observations, mask, model)
-    process_var, *_ = model.columns(len(mean), mean.device)
-    left = Belief(mean[:, :-1], var[:, :-1] + process_var[:, None])
+    states = _states(observations, mask, model)
+    left = _ahead(states, model)
     if mask is not None:
-        left = Belief(*(torch.where(mask.bool(), *both) for both in zip(left, (mean[:, 1:], var[:, 1:]), strict=True)))
+        seen, (mean, var) = mask.bool(), states
+        left = Belief(torch.where(seen, left.mean, mean[:, 1:]), torch.where(seen, left.var, var[:, 1:]))
     return _product(left, _from_the_right(observations, mask, model))
 
 
@@ -103,6 +101,12 @@ def _states(observations: torch.Tensor, mask: Mask, model: LocalLevel) -> Belief
         means.append(mean)
         variances.append(var)
     return Belief(torch.stack(means, dim=1), torch.stack(variances, dim=1))
+
+
+def _ahead(states: Belief, model: LocalLevel) -> Belief:
+    """The prediction from each of the states but the last: (rows, time)."""
+    process_var, *_ = model.columns(len(states.mean), states.mean.device)
+    return Belief(states.mean[:, :-1], states.var[:, :-1] + process_var[:, None])
 
 
 def _from_the_right(observations: torch.Tensor, mask: Mask, model: LocalLevel) -> Belief:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from verl_krpo.runs.log import Series
+from verl_krpo.runs.seeds import half_width
 
 FEWEST = 5  # points after the first, for three unknowns
 
@@ -60,10 +61,5 @@ def fit(accuracy: Series) -> Fit:
 
 def over_seeds(fits: Sequence[Fit]) -> tuple[Fit, Fit]:
     """Mean over runs of one method, and half of its 95 % interval (Student's t); NaN of one run."""
-    from scipy import stats
-
     values = np.array(fits)
-    if len(values) < 2:
-        return Fit(*values[0]), Fit(*[np.nan] * 3)
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return Fit(*values.mean(0)), Fit(*half)
+    return Fit(*values.mean(0)), Fit(*half_width(values))

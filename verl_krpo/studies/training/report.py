@@ -18,6 +18,7 @@ import numpy as np
 from scipy import stats
 
 from verl_krpo.runs import figure
+from verl_krpo.runs.seeds import half_width
 from verl_krpo.studies import report
 
 REFERENCES = ("batch_mean", "rloo", "reinforce")  # the first where groups are of one, the last of policy losses
@@ -70,17 +71,15 @@ def _order(method: str) -> int:
 def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
     """The measures above, of paired runs."""
     curves, others = (np.stack([run["curve"] for run in runs]) for runs in (own, other))
-    difference, area = curves[:, -1] - others[:, -1], curves.mean(1) - others.mean(1)
+    difference = curves[:, -1] - others[:, -1]
     accuracy, low, high = bootstrapped(interquartile_mean, curves)
     ratio, ratio_low, ratio_high = bootstrapped(rollouts, curves, others)
     return {
         "accuracy": accuracy,
         "accuracy_low": low,
         "accuracy_high": high,
-        "difference": float(difference.mean()),
-        "difference_half": half_width(difference),
-        "area": float(area.mean()),
-        "area_half": half_width(area),
+        **_paired("difference", difference),
+        **_paired("area", curves.mean(1) - others.mean(1)),
         "wins": float((difference > 0).mean()),
         "rollouts": ratio,
         "rollouts_low": ratio_low,
@@ -92,25 +91,18 @@ def to_other(runs: dict[int, dict], others: dict[int, dict]) -> dict[str, float]
     """Paired differences at the end and over the run, with half of their intervals; NaN where the other was not run."""
     if not (seeds := sorted(runs.keys() & others.keys())):
         return dict.fromkeys(("to_other", "to_other_half", "area_to_other", "area_to_other_half"), np.nan)
-    measures = compare([runs[seed] for seed in seeds], [others[seed] for seed in seeds])
-    return {
-        "to_other": measures["difference"],
-        "to_other_half": measures["difference_half"],
-        "area_to_other": measures["area"],
-        "area_to_other_half": measures["area_half"],
-    }
+    own, other = (np.stack([of[seed]["curve"] for seed in seeds]) for of in (runs, others))
+    return _paired("to_other", own[:, -1] - other[:, -1]) | _paired("area_to_other", own.mean(1) - other.mean(1))
+
+
+def _paired(name: str, difference: np.ndarray) -> dict[str, float]:
+    """Mean over the seeds, and half of its interval."""
+    return {name: float(difference.mean()), f"{name}_half": float(half_width(difference))}
 
 
 def interquartile_mean(curves: np.ndarray) -> np.ndarray:
     """Of the last accuracies of curves (..., seeds, times)."""
     return stats.trim_mean(curves[..., -1], 0.25, axis=-1)
-
-
-def half_width(values: np.ndarray) -> float:
-    """Of the 95 % interval of the mean; NaN of one value, 0 of equal ones."""
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def rollouts(curves: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -109,7 +109,8 @@ def study(
 def show(path: Path, other: str = "grpo") -> str:
     """Read a CSV of runs: write summary.csv, curves and differences beside it; the table as text.
 
-    other: a method that all are compared with besides their reference."""
+    other: a method that all are compared with besides their reference.
+    """
     from verl_krpo.studies import report as tables
     from verl_krpo.studies.training import report
 
