@@ -11,12 +11,14 @@ pytestmark = pytest.mark.e2e
 
 ACTOR = "actor_rollout_ref.actor"
 KPO = f"+actor@{ACTOR}.policy_loss=kpo"
-# Four updates a batch; on sixteen tokens the published Q would do nothing that shows.
+# Four updates a batch, each with a gradient: an entropy bonus gives one where every group is all right or all wrong.
+# On sixteen tokens the published Q would do nothing that shows.
 JOB = [
     "data.train_batch_size=8",
     "data.max_prompt_length=32",
     "data.max_response_length=16",
     f"{ACTOR}.ppo_mini_batch_size=2",
+    f"{ACTOR}.entropy_coeff=1e-3",
     "actor_rollout_ref.rollout.n=4",
     "trainer.logger=[console,file]",
     "trainer.total_training_steps=3",
