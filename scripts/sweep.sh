@@ -5,7 +5,7 @@
 #   RECIPE=recipes/run_krpo_cpu.sh SEEDS="1 2" STEPS=20 bash scripts/sweep.sh group_size
 #
 #   NAME                    what changes
-#   method                  nothing but the method, all of recipes/config/method
+#   method                  nothing but the method: all of recipes/config/method, or VALUES="rloo krpo_adaptive"
 #   group_size              responses a prompt, krpo against grpo
 #   kl                      weight of the KL term (arXiv 2505.07527: 0, 0.01, 0.05)
 #   krpo_process_var        Q of krpo
@@ -33,7 +33,7 @@ krpo=algorithm.krpo actor=actor_rollout_ref.actor
 kpo=$actor.policy_loss.kpo
 methods=krpo
 case $name in
-    method)               methods=$(cd recipes/config/method && printf '%s ' *.yaml | sed 's/\.yaml//g'); values=- key= ;;
+    method)               methods=${VALUES:-$(basename -s .yaml recipes/config/method/*.yaml)}; VALUES= values=- key= ;;
     group_size)           key=actor_rollout_ref.rollout.n    values="4 8 12 16"; methods="krpo grpo" ;;
     kl)                   key=$actor.kl_loss_coef            values="0 0.01 0.05"; set -- $actor.use_kl_loss=true "$@" ;;
     krpo_process_var)     key=$krpo.process_var              values="0 1e-6 1e-5 1e-4 1e-3" ;;

@@ -89,6 +89,14 @@ def test_every_sweep_gives_overrides_that_compose(sweep, compose, name, first, c
         compose(f"method={method}", *paths, *overrides, name="krpo_arithmetic")
 
 
+def test_methods_can_be_chosen(sweep):
+    status, lines, calls = sweep("method", SEEDS="1 2", VALUES="rloo krpo_adaptive")
+    assert status == 0 and [call.split()[:2] for call in calls] == [
+        [method, seed] for method in ("rloo", "krpo_adaptive") for seed in ("1", "2")
+    ]
+    assert lines[2].startswith("krpo_adaptive\tseed 1\t")
+
+
 def test_an_unknown_sweep_shows_the_names(sweep):
     status, lines, calls = sweep("krpo_q")
     assert status == 2 and calls == []

@@ -275,9 +275,9 @@ def test_a_ray_that_never_answers_is_named(job, monkeypatch):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(nodes, "RAY_SECONDS", 15)
+        monkeypatch.setattr(nodes, "RAY_SECONDS", 3)
         (finding,) = preflight.cluster(job("trainer.nnodes=2"))
-    assert "within 15 s" in finding.text and "127.0.0.1:" in finding.text and "ray stop" in finding.fix
+    assert "within 3 s" in finding.text and "127.0.0.1:" in finding.text and "ray stop" in finding.fix
 
 
 def test_everything_that_is_missing_is_named_at_once(model, tmp_path):
