@@ -163,11 +163,14 @@ def curves(
     fit: Annotated[
         bool, typer.Option("--fit", help="Also a saturating curve through the accuracy: ceiling, speed, midpoint.")
     ] = False,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="METHOD", help="Also differences to a method, paired by seed.")
+    ] = None,
 ) -> None:
     """What runs have learned: held-out accuracy before and after, reward, seconds a step, and the reward curve."""
     from verl_krpo.runs.curves import show
 
-    show(runs, out, fitted=fit)
+    show(runs, out, fitted=fit, against=against)
 
 
 @app.command()

@@ -126,3 +126,35 @@ def test_smoothed(count):
     middle = count // 2
     window = series[max(0, middle - 5) : middle + 6]
     assert curves.smoothed(series)[middle] == pytest.approx(statistics.fmean(window))
+
+
+def logged(folder, rewards, accuracy):
+    folder.mkdir()
+    lines = [{"step": k, "data": {"critic/score/mean": reward}} for k, reward in enumerate(rewards, 1)]
+    lines[-1]["data"]["val-core/sums/acc/mean@1"] = accuracy
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_differences_paired_by_seed(tmp_path):
+    runs = [
+        logged(tmp_path / "rloo_seed1", [0.1, 0.3], 0.5),
+        logged(tmp_path / "rloo_seed2", [0.3, 0.5], 0.7),
+        logged(tmp_path / "krpo_seed2", [0.5, 0.7], 0.6),
+        logged(tmp_path / "krpo_seed1", [0.2, 0.4], 0.5),
+        logged(tmp_path / "krpo_seed3", [0.9, 0.9], 0.9),  # has no partner
+    ]
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    curves.table_of_differences([curves.read(run) for run in runs], "rloo", console)
+    rloo, krpo = [line.split() for line in console.file.getvalue().splitlines() if line.startswith(("rloo", "krpo"))]
+    assert rloo == ["rloo", "│", "2", "│", "0.300", "│", "-", "│", "0.600", "│", "-"]
+    # Differences .1 and .2 of the reward, 0 and -.1 of the accuracy: t is 12.706 with one degree of freedom, s.e. .05.
+    assert krpo == ["krpo", "│", "2", "│", "0.450", "│", "+0.150", "±0.635", "│", "0.550", "│", "-0.050", "±0.635"]
+
+
+def test_what_cannot_be_paired_is_named(run, tmp_path):
+    with pytest.raises(ValueError, match="no run of rloo among krpo"):
+        curves.show([run], tmp_path / "figure", Console(file=io.StringIO()), against="rloo")
+    other = logged(tmp_path / "mine", [0.1], 0.5)
+    with pytest.raises(ValueError, match="mine: runs are paired by the `_seedN`"):
+        curves.show([run, other], tmp_path / "figure", Console(file=io.StringIO()), against="krpo")

@@ -156,14 +156,40 @@ def table_of_fits(runs: Sequence[Run], console=None) -> None:
         console.print(reason, soft_wrap=True, markup=False, highlight=False)
 
 
+def table_of_differences(runs: Sequence[Run], against: str, console=None) -> None:
+    """Print reward over the run and accuracy at its end, and what they differ by from the method `against`, paired."""
+    from rich.console import Console
+
+    from verl_krpo.runs import paired
+
+    def cells(mean: float, difference: float, half: float) -> list[str]:
+        dash = math.isnan(difference) or half == 0  # the method itself, or not logged
+        interval = "" if math.isnan(half) else f" ±{half:.3f}"
+        return [_number(mean, 3), "-" if dash else f"{difference:+.3f}{interval}"]
+
+    names = [run.name for run in runs]
+    reward = paired.rows(names, [run.reward for run in runs], paired.over_run, against)
+    accuracy = paired.rows(names, [run.accuracy for run in runs], paired.at_end, against)
+    console = console or Console(soft_wrap=False)
+    console.print()
+    _print(
+        console,
+        ("method", "\nseeds", "reward\nover the run", f"to\n{against}", "accuracy\nat the end", f"to\n{against}"),
+        [
+            [name, str(seeds), *cells(*of), *cells(*at_end[2:])]
+            for (name, seeds, *of), at_end in zip(reward, accuracy, strict=True)
+        ],
+    )
+
+
 def _mean_and_spread(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)  # NaN where a run did not log it
     spread = f" ±{statistics.stdev(values):.2f}" if len(values) > 1 and not math.isnan(mean) else ""
     return f"{_number(mean)}{spread}"
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
+def _number(value: float, digits: int = 2) -> str:
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def plot(runs: Sequence[Run], path: str | os.PathLike) -> Path:
@@ -195,9 +221,13 @@ def plot(runs: Sequence[Run], path: str | os.PathLike) -> Path:
 
 
 def show(
-    paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, console=None, fitted: bool = False
+    paths: Sequence[str | os.PathLike],
+    out: str | os.PathLike | None = None,
+    console=None,
+    fitted: bool = False,
+    against: str | None = None,
 ) -> Path:
-    """Read the runs, draw the figure (default: reward.png beside the first log) and print the table, or both tables."""
+    """Read the runs, draw the figure (default: reward.png beside the first log) and print the tables asked for."""
     runs = [read(path) for path in paths]
     if not runs:
         raise ValueError("name at least one run: a metrics.jsonl or its folder")
@@ -209,4 +239,6 @@ def show(
     table(runs, drawn, console)
     if fitted:
         table_of_fits(runs, console)
+    if against:
+        table_of_differences(runs, against, console)
     return drawn
