@@ -229,6 +229,11 @@ def test_the_summary_by_hand():
     assert krpo["to_other"] == pytest.approx(-0.1) and krpo["difference"] == pytest.approx(-0.4)
     assert np.isnan(report.rollouts(np.ones((2, 5)), np.ones((2, 5))))
     assert by_method["krpo"]["rollouts"] == float("inf") and "never" in report.as_table([by_method["krpo"]])
+    assert "collapsed" not in report.as_table(list(by_method.values()))
+    fallen = curve_rows("krpo", [[0.3, 0.5, 0.9, 0.0, 0.0], [0.3, 0.5, 0.9, 0.9, 0.9]])
+    steady = curve_rows("rloo", [[0.3, 0.4, 0.5, 0.6, 0.7]] * 2)
+    table = report.as_table(report.summary(steady + fallen)).splitlines()
+    assert table[0].endswith("| collapsed |") and [line.split()[-2] for line in table[2:]] == ["0", "1"]
     with pytest.raises(ValueError, match="twice"):
         report.summary(rloo + rloo)
     with pytest.raises(ValueError, match="several models"):

@@ -7,6 +7,7 @@ to_other, area_to_other    these two to another method, GRPO if none is named
 wins        share of the seeds in which the method ends higher
 rollouts    until the mean curve reaches the level that the reference has after three quarters of its rollouts, over
             the reference's own; 95 % interval by the bootstrap over seeds, paired; inf: not reached in the run
+collapsed   seeds that end below where they began; shown where there is one
 
 One seed has no interval, and fewer than FEWEST have none by the bootstrap.
 """
@@ -84,6 +85,7 @@ def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
         "rollouts": ratio,
         "rollouts_low": ratio_low,
         "rollouts_high": ratio_high,
+        "collapsed": int((curves[:, -1] < curves[:, 0]).sum()),
     }
 
 
@@ -159,6 +161,9 @@ def as_table(lines: list[dict]) -> str:
     to = f"to {references.pop()}" if len(references) == 1 else "to reference"
     to_other = f"to {lines[0]['other']}"
     header = ["condition", "method", "seeds", "accuracy", to, "area", to_other, "area", "wins", "rollouts"]
+    if any(line["collapsed"] for line in lines):
+        header.append("collapsed")
+        cells = [[*cell, str(line["collapsed"])] for cell, line in zip(cells, lines, strict=True)]
     return report.table(header, cells)
 
 
