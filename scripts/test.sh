@@ -15,5 +15,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # Ray workers and torch threads w
 failed=0
 part() { "$python" -m pytest "$@" || [ $? -eq 5 ] || failed=1; }   # 5: PYTEST_ADDOPTS chose no test of this part
 part -n 2 -m "not e2e"
-part -m e2e
+part -m e2e --durations=25
 exit $failed
