@@ -163,9 +163,8 @@ def table_of_differences(runs: Sequence[Run], against: str, console=None) -> Non
     from verl_krpo.runs import paired
 
     def cells(mean: float, difference: float, half: float) -> list[str]:
-        dash = math.isnan(difference) or half == 0  # the method itself, or not logged
         interval = "" if math.isnan(half) else f" ±{half:.3f}"
-        return [_number(mean, 3), "-" if dash else f"{difference:+.3f}{interval}"]
+        return [_number(mean, 3), "-" if math.isnan(difference) else f"{difference:+.3f}{interval}"]
 
     names = [run.name for run in runs]
     reward = paired.rows(names, [run.reward for run in runs], paired.over_run, against)

@@ -38,7 +38,10 @@ def at_end(series: Series) -> float:
 def rows(
     names: Sequence[str], series: Sequence[Series], value: Callable[[Series], float], against: str
 ) -> list[tuple[str, int, float, float, float]]:
-    """(method, seeds shared with `against`, mean value, mean difference to `against`, half of its interval)."""
+    """(method, seeds shared with `against`, mean value, mean difference to `against`, half of its interval).
+
+    The difference is NaN for `against` itself, and where a run did not log the series; half is NaN of one seed.
+    """
     methods = by_seed(names)
     if against not in methods:
         raise ValueError(f"no run of {against} among {', '.join(methods)}")
@@ -46,5 +49,6 @@ def rows(
     for method, runs in methods.items():
         if seeds := sorted(runs.keys() & methods[against].keys()):
             own, other = (np.array([value(series[of[seed]]) for seed in seeds]) for of in (runs, methods[against]))
-            lines.append((method, len(seeds), own.mean(), (own - other).mean(), half_width(own - other)))
+            difference = math.nan if method == against else (own - other).mean()
+            lines.append((method, len(seeds), own.mean(), difference, half_width(own - other)))
     return lines
