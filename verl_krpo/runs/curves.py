@@ -173,7 +173,7 @@ def table_of_differences(runs: Sequence[Run], against: str, console=None) -> Non
     console.print()
     _print(
         console,
-        ("method", "\nseeds", "reward\nover the run", f"to\n{against}", "accuracy\nat the end", f"to\n{against}"),
+        ("method", "\nseeds", "reward\nover run", f"to\n{against}", "accuracy\nat end", f"to\n{against}"),
         [
             [name, str(seeds), *cells(*of), *cells(*at_end[2:])]
             for (name, seeds, *of), at_end in zip(reward, accuracy, strict=True)
