@@ -175,6 +175,7 @@ RUNS = {  # folder of docs/results -> the second method that its table compares 
     "training/recurring": "krpo_adaptive",
     "training/claims": "grpo",
     "training/parts": "krpo",
+    "training/grid": "krpo",
 }
 DIFFERENCE = r"[+-]0\.\d{3} ± 0\.\d{3}"
 ROLLOUTS = r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)"
@@ -193,6 +194,21 @@ def test_the_page_of_claims_says_what_the_runs_say(tmp_path):
     for figure in (DIFFERENCE, ROLLOUTS):
         told = re.findall(figure, page + (ROOT / "README.md").read_text())
         assert set(told) <= set(re.findall(figure, "".join(tables)))
+
+
+def test_the_page_of_claims_says_how_large_advantages_are():
+    runs = study.finished(ROOT / "docs/results/training/runs.csv")
+
+    def size(condition, method):
+        values = [
+            float(run["advantage_std"]) for run in runs if (run["condition"], run["method"]) == (condition, method)
+        ]
+        return sum(values) / len(values)
+
+    (krpo, grpo) = ([size(condition, method) for condition in ("pairs", "fours")] for method in ("krpo", "grpo"))
+    said = f"KRPO {krpo[0]:.2f} and {krpo[1]:.2f}, GRPO {grpo[0]:.2f} and {grpo[1]:.2f}"
+    times = f"it is {(krpo[0] / grpo[0]) ** 2:.0f} and {(krpo[1] / grpo[1]) ** 2:.0f} times GRPO's"
+    assert f"| {said} | no: {times}" in (ROOT / "docs/claims.md").read_text()
 
 
 def test_the_readme_says_what_the_runs_say():
