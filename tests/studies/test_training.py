@@ -1,6 +1,7 @@
 """The training laboratory in small: what is sampled and computed, methods by hand, runs that are paired and resumed."""
 
 import dataclasses
+import io
 import random
 import re
 import shutil
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from verl_krpo.backends import tiny_model
+from verl_krpo.runs import curves
 from verl_krpo.studies import gradient
 from verl_krpo.studies.training import conditions, lab, report, study
 from verl_krpo.studies.training.conditions import NOISES, Condition
@@ -194,6 +197,15 @@ def test_the_page_of_claims_says_what_the_runs_say(tmp_path):
     for figure in (DIFFERENCE, ROLLOUTS):
         told = re.findall(figure, page + (ROOT / "README.md").read_text())
         assert set(told) <= set(re.findall(figure, "".join(tables)))
+
+
+def test_the_page_of_claims_says_what_the_runs_in_verl_say():
+    page = (ROOT / "docs/claims.md").read_text()
+    runs = [curves.read(folder) for folder in sorted((ROOT / "docs/results/verl").iterdir())]
+    for method in ("rloo", "krpo_adaptive"):
+        console = Console(file=io.StringIO(), width=80, color_system=None)
+        curves.table_of_differences(runs, method, console)
+        assert "\n".join(line.rstrip() for line in console.file.getvalue().strip("\n").splitlines()) in page
 
 
 def test_the_page_of_claims_says_how_large_advantages_are():
