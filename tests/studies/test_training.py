@@ -179,6 +179,7 @@ RUNS = {  # folder of docs/results -> the second method that its table compares 
     "training/claims": "grpo",
     "training/parts": "krpo",
     "training/grid": "krpo",
+    "off_policy": "vanilla",
 }
 DIFFERENCE = r"[+-]0\.\d{3} ± 0\.\d{3}"
 ROLLOUTS = r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)"

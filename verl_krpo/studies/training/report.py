@@ -173,11 +173,11 @@ def _signed(value: float, half: float) -> str:
 
 
 def _interval(low: str, high: str) -> str:
-    return "" if "nan" in (low, high) or low == high else f" ({low} to {high})"
+    return "" if {"nan", "-"} & {low, high} or low == high else f" ({low} to {high})"
 
 
 def _ratio(value: float) -> str:
-    return "never" if np.isinf(value) else f"{value:.2f}"
+    return "never" if np.isinf(value) else "-" if np.isnan(value) else f"{value:.2f}"
 
 
 def draw_curves(rows: list[dict], path: Path) -> None:
