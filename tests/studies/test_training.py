@@ -179,6 +179,8 @@ RUNS = {  # folder of docs/results -> the second method that its table compares 
     "training/claims": "grpo",
     "training/parts": "krpo",
     "training/grid": "krpo",
+    "training/rates": "grpo",
+    "training/tuned": "grpo",
     "off_policy": "vanilla",
 }
 DIFFERENCE = r"[+-]0\.\d{3} ± 0\.\d{3}"
