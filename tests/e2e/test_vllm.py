@@ -46,7 +46,8 @@ def assert_trained(metrics: dict[int, dict[str, float]], steps: list[int]) -> No
     for step in steps:
         data = metrics[step]
         assert math.isfinite(data["actor/pg_loss"]) and 0 < data["actor/grad_norm"] < 1e3
-        assert data["training/rollout_probs_diff_max"] < 1e-4
+        if data["training/off_policy/trajectory_staleness/max"] == 0:  # else older weights have sampled
+            assert data["training/rollout_probs_diff_max"] < 1e-4
         assert any(key.startswith("krpo/") for key in data) and any(key.startswith("actor/kpo_") for key in data)
 
 
@@ -85,7 +86,10 @@ def test_weights_follow_training_and_a_killed_job_resumes(start_job, tmp_path):
             ["trainer.n_gpus_per_node=2", "actor_rollout_ref.rollout.tensor_model_parallel_size=2"],
             id="tensor parallel",
         ),
-        pytest.param(["trainer.v1.trainer_mode=separate_async"], id="servers of their own"),
+        pytest.param(
+            ["trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.parameter_sync_step=2"],
+            id="servers of their own",
+        ),
         pytest.param(["trainer.v1.trainer_mode=colocate_async"], id="asynchronous"),
         pytest.param(
             [
@@ -107,7 +111,7 @@ def test_a_failing_weight_update_ends_the_job_with_its_reason(start_job):
     done = start_job(*VLLM, VLLM_PLUGINS="none").wait(1000)  # without the plugin that keeps the weights loadable
     assert done.code != 0
     assert "vLLM failed to load the trainer's weights" in done.output
-    assert "Attempted to load weight" in done.output
+    assert "'Parameter' object has no attribute 'weight_loader'" in done.output
 
 
 # The recipes for GPUs as a user calls them: the tiny model, lengths and batches that fit it, and nothing else.
@@ -200,4 +204,4 @@ def test_the_recipe_of_kpo_trains_and_its_checkpoint_is_evaluated(recipe, tmp_pa
     evaluation = ["eval_math", f"{run}/global_step_8", *LENGTHS, "actor_rollout_ref.rollout.val_kwargs.n=4"]
     for _ in range(2):  # a second time it draws again
         done = recipe(*evaluation, BENCHMARKS="math500", RUN_DIR=f"{tmp_path}/evaluation").wait(1000)
-        assert done.code == 0 and "avg@4" in done.output, done.output[-6000:]
+        assert done.code == 0 and "avg@n" in done.output, done.output[-6000:]
