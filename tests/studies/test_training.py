@@ -178,6 +178,7 @@ RUNS = {  # folder of docs/results -> the second method that its table compares 
     "training/recurring": "krpo_adaptive",
     "training/claims": "grpo",
     "training/parts": "krpo",
+    "training/others": "grpo",
     "training/grid": "krpo",
     "training/rates": "grpo",
     "training/tuned": "grpo",
