@@ -157,28 +157,26 @@ def table_of_fits(runs: Sequence[Run], console=None) -> None:
 
 
 def table_of_differences(runs: Sequence[Run], against: str, console=None) -> None:
-    """Print reward over the run and accuracy at its end, and what they differ by from the method `against`, paired."""
+    """Print reward and accuracy, and what they differ by from the method `against`, paired by seed.
+
+    The mean reward of the whole run fluctuates less than the accuracy at its end.
+    """
     from rich.console import Console
 
-    from verl_krpo.runs import paired
+    from verl_krpo.runs.paired import differences
 
-    def cells(mean: float, difference: float, half: float) -> list[str]:
+    def cells(_: int, mean: float, difference: float, half: float) -> list[str]:
         interval = "" if math.isnan(half) else f" ±{half:.3f}"
         return [_number(mean, 3), "-" if math.isnan(difference) else f"{difference:+.3f}{interval}"]
 
-    names = [run.name for run in runs]
-    reward = paired.rows(names, [run.reward for run in runs], paired.over_run, against)
-    accuracy = paired.rows(names, [run.accuracy for run in runs], paired.at_end, against)
+    rewards = {run.name: statistics.fmean(run.reward.values()) if run.reward else math.nan for run in runs}
+    reward = differences(rewards, against)
+    accuracy = differences({run.name: run.numbers()[1] for run in runs}, against)
+    headings = ("method", "\nseeds", "reward\nover run", f"to\n{against}", "accuracy\nat end", f"to\n{against}")
     console = console or Console(soft_wrap=False)
     console.print()
-    _print(
-        console,
-        ("method", "\nseeds", "reward\nover run", f"to\n{against}", "accuracy\nat end", f"to\n{against}"),
-        [
-            [name, str(seeds), *cells(*of), *cells(*at_end[2:])]
-            for (name, seeds, *of), at_end in zip(reward, accuracy, strict=True)
-        ],
-    )
+    rows = [[name, str(of[0]), *cells(*of), *cells(*accuracy[name])] for name, of in reward.items()]
+    _print(console, headings, rows)
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
