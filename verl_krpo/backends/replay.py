@@ -1,13 +1,15 @@
 """verl's replay buffers, polling often, and giving up where verl's would wait for ever."""
 
-import time
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import ray
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 POLL_SECONDS = 0.02  # verl polls every 2 s, which is longer than a step of a small model
 WATCH_SECONDS = 5.0
-FAILURES_IN_A_ROW = 256
+DISCARDED_IN_A_ROW = 256
 
 
 class _Watched:
@@ -16,13 +18,23 @@ class _Watched:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"poll_interval": POLL_SECONDS, **kwargs})
         self._alive: set[str] = set()
-        self._next_watch = 0.0
 
-    def _sync_metadata_from_transfer_queue(self) -> None:
-        super()._sync_metadata_from_transfer_queue()
-        if any(self.failure_keys.values()) or time.monotonic() >= self._next_watch:
+    def _watching(self, wait: Callable, *args, **kwargs):
+        """wait(*args, **kwargs) in a thread of its own, as this one looks whether every process is still there."""
+        outcome = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(wait(*args, **kwargs))
+            except BaseException as error:  # raised again below
+                outcome.set_exception(error)
+
+        thread = threading.Thread(target=run, daemon=True, name="verl-replay-buffer")  # ends with the process
+        thread.start()
+        while not outcome.done():
+            thread.join(WATCH_SECONDS)
             self._look_for_lost_actors()
-            self._next_watch = time.monotonic() + WATCH_SECONDS
+        return outcome.result()
 
     def _look_for_lost_actors(self) -> None:
         """Servers, workers and queues are named actors: one that was alive and is gone was lost."""
@@ -38,21 +50,27 @@ class _Watched:
 class WatchedReplayBuffer(_Watched, ReplayBuffer):
     """For trainer.v1.trainer_mode=sync."""
 
+    def sample(self, *args, **kwargs):
+        return self._watching(super().sample, *args, **kwargs)
+
 
 class WatchedReplayBufferAsync(_Watched, ReplayBufferAsync):
-    """For the asynchronous trainer modes, where verl replaces failed prompts without end: RuntimeError if all fail."""
+    """For the asynchronous trainer modes. RuntimeError if nothing happens but prompts that fail and are replaced."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._failed: set[str] = set()
+    def __init__(self, *args, refill_fn: Callable[[int], None], **kwargs):
+        super().__init__(*args, refill_fn=self._refill, **kwargs)
+        self._submit = refill_fn
+        self._discarded = 0
 
-    def _sync_metadata_from_transfer_queue(self) -> None:
-        super()._sync_metadata_from_transfer_queue()
-        self._count_failures()
+    def wait_for_sampleable(self, *args, **kwargs):  # sample() waits here
+        return self._watching(super().wait_for_sampleable, *args, **kwargs)
 
-    def _count_failures(self) -> None:
-        if any(self.finished_keys.values()):
-            self._failed.clear()
-        self._failed.update(*self.failure_keys.values())
-        if len(self._failed) >= FAILURES_IN_A_ROW:
-            raise RuntimeError(f"{len(self._failed)} prompts failed and none succeeded: see the first error above")
+    def _refill(self, count: int) -> None:
+        """Replaces the groups that were just discarded, as they failed or went stale."""
+        self._discarded = 0 if self.finished_keys["train"] else self._discarded + count
+        if self._discarded >= DISCARDED_IN_A_ROW:
+            raise RuntimeError(
+                f"{self._discarded} prompts in a row failed or went stale, and none is left to train on: see the first "
+                "error above"
+            )
+        self._submit(count)
