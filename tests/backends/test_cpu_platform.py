@@ -185,3 +185,14 @@ def test_the_platform_answers_like_a_device():
     platform.synchronize()
     with platform.nvtx_range("step"):
         platform.empty_cache()
+
+
+def test_verls_fsdp_engines_are_found_for_the_cpu():
+    code = """
+from verl.workers.engine import EngineRegistry
+for model_type in ("language_model", "value_model"):
+    for backend in ("fsdp", "fsdp2"):
+        print(EngineRegistry.get_engine_cls(model_type, backend).__name__)
+"""
+    done = run_python(["-c", code])
+    assert done.stdout.split() == ["FSDPEngineWithLMHead"] * 2 + ["FSDPEngineWithValueHead"] * 2, done.stderr

@@ -13,6 +13,7 @@ import types
 
 import ray
 import torch
+import wrapt
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
@@ -105,8 +106,16 @@ class CpuPlatform(PlatformBase):
 def install() -> None:
     """Register the platform. Called in every process that imports verl."""
     PlatformRegistry.register("cpu")(CpuPlatform)
-    # verl's FSDP engine asks the platform for its device but is registered for cuda and npu only.
-    os.environ.setdefault("VERL_ENGINE_DEVICE", "cuda")
+    wrapt.register_post_import_hook(_register_engines, "verl.workers.engine.fsdp.transformer_impl")
+
+
+def _register_engines(fsdp: types.ModuleType) -> None:
+    """verl's FSDP engines ask the platform for their device, but are registered for cuda and npu only."""
+    for model_type, engine in (
+        ("language_model", fsdp.FSDPEngineWithLMHead),
+        ("value_model", fsdp.FSDPEngineWithValueHead),
+    ):
+        fsdp.EngineRegistry.register(model_type, backend=["fsdp", "fsdp2"], device="cpu")(engine)
 
 
 class _Settings:
