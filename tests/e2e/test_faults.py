@@ -10,9 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
+from verl_krpo import krpo
+from verl_krpo.advantage.memory import PromptMemory
+from verl_krpo.config import MEMORY
+from verl_krpo.plugin.identity import FILE, prompt_id
 from verl_krpo.runs import log
 
 pytestmark = pytest.mark.e2e
@@ -92,29 +98,72 @@ def child(wrapper: subprocess.Popen, name: str) -> psutil.Process:
     return process
 
 
-def test_a_killed_trainer_resumes_at_the_saved_step_and_ends_with_the_same_steps(start, tmp_path):
-    folder, steps = tmp_path / "run", ["trainer.total_training_steps=6", "trainer.save_freq=2"]
-    wrapper = start(*steps)
-    wait_for_step(wrapper, folder, 3)
+# Three steps an epoch, one response a prompt, which RLOO and GRPO cannot train with.
+REMEMBERING = [
+    "method=krpo_memory",
+    "data.train_max_samples=24",
+    "data.seed=1",  # without one verl draws another 24 after a restart
+    "actor_rollout_ref.rollout.n=1",
+    "trainer.total_training_steps=6",
+    "trainer.save_freq=2",
+    "trainer.max_actor_ckpt_to_keep=null",
+]
+
+
+def rewards_and_prompts(path: Path) -> tuple[torch.Tensor, list[str]]:
+    """A step of verl's rollout dump."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    sums = [re.search(r"\d\d\+\d\d=", row["input"])[0] for row in rows]
+    prompts = [prompt_id([{"role": "user", "content": text}], "arithmetic_sums", None) for text in sums]
+    return torch.tensor([row["score"] for row in rows]), prompts
+
+
+def test_a_killed_job_goes_on_at_the_saved_step_and_remembers_its_prompts(start, tmp_path):
+    folder, rollouts = tmp_path / "run", tmp_path / "rollouts"
+    job = [*REMEMBERING, f"trainer.rollout_data_dir={rollouts}"]
+    wrapper = start(*job)
+    wait_for_step(wrapper, folder, 4)
     child(wrapper, "verl.trainer.main_ppo").kill()
     assert wrapper.wait(120) == 128 + signal.SIGKILL
-    saved = log.saved_step(folder)
-    assert saved in (2, 4)
+    assert log.saved_step(folder) == 4
 
-    wrapper = start(*steps)
+    wrapper = start(*job)
     assert wrapper.wait(300) == 0, tail(folder)
     attempts = [json.loads(line) for line in (folder / "attempts.jsonl").read_text().splitlines()]
-    assert [line.get("resumes_from") for line in attempts] == [0, None, saved, None]
+    assert [line.get("resumes_from") for line in attempts] == [0, None, 4, None]
     assert [line.get("status") for line in attempts] == [None, -9, None, 0]
-    assert f"setting global step to {saved}" in (folder / "log.txt").read_text()
-    metrics = log.rows(folder)
-    assert sorted(metrics) == [1, 2, 3, 4, 5, 6]
-    assert all(math.isfinite(data["actor/pg_loss"]) for data in metrics.values())
-    assert [metrics[step]["training/global_step"] for step in sorted(metrics)] == [1, 2, 3, 4, 5, 6]
+    said = (folder / "log.txt").read_text()
+    assert "setting global step to 4" in said
+    assert f"krpo remembers 24 prompts from {folder}/global_step_4/{FILE}" in said
     assert log.saved_step(folder) == 6
     assert (folder / ".hydra/config.yaml").exists() and (folder / "log.1.txt").exists()
 
-    wrapper = start(*steps)  # a third time: there is nothing left to do
+    metrics = log.rows(folder)
+    assert sorted(metrics) == [1, 2, 3, 4, 5, 6]
+    assert [metrics[step]["training/global_step"] for step in sorted(metrics)] == [1, 2, 3, 4, 5, 6]
+    assert [metrics[step]["krpo/memory_known"] for step in sorted(metrics)] == [0, 0, 0, 1, 1, 1]
+    for step, data in metrics.items():
+        assert math.isfinite(data["actor/pg_loss"]) and data["actor/grad_norm"] > 0, step
+        if step > 3:
+            assert data["krpo/memory_prompts"] == 24 and 1 <= data["krpo/memory_age"] <= 5
+            assert data["krpo/memory_var"] >= 0 and data["krpo/memory_nis"] > 0
+
+    # Eight prompts were not in the two steps after the kill: their states are those of before, to the bit.
+    saved, ended = (PromptMemory.load(folder / f"global_step_{step}" / FILE) for step in (4, 6))
+    assert (len(saved), saved.step, len(ended), ended.step) == (24, 4, 24, 6)
+    untouched = ended.visited <= 4
+    assert untouched.sum() == 8 and np.array_equal(saved.keys, ended.keys)
+    for name in ("deviation", "var", "visited"):
+        assert np.array_equal(getattr(saved, name)[untouched], getattr(ended, name)[untouched]), name
+    # And the whole is what one memory holds that saw the rewards of all six steps. (Their sums are in another order.)
+    unbroken = PromptMemory()
+    for step in range(1, 7):
+        rewards, prompts = rewards_and_prompts(rollouts / f"{step}.jsonl")
+        unbroken = krpo(rewards, prompts, MEMORY, memory=unbroken, step=step).memory
+    for name, value in vars(ended).items():
+        assert np.allclose(value, getattr(unbroken, name), rtol=1e-12, atol=1e-12), name
+
+    wrapper = start(*job)  # a third time: there is nothing left to do
     assert wrapper.wait(60) == 0
     assert "finished at step 6" in (tmp_path / "output.txt").read_text()
 
@@ -130,7 +179,6 @@ def test_a_lost_trainer_rank_ends_the_job_with_a_reason(start, tmp_path):
 
 
 def test_a_llama_trains_on_two_ranks(start, tmp_path):
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from verl_krpo.backends import tiny_model
