@@ -91,11 +91,33 @@ def test_noise_is_what_it_is_called():
     assert 0 < graded.min() and graded.max() < 1 and graded[:, 1].mean() > graded[:, 0].mean() + 0.5
 
 
+@pytest.fixture(scope="module")
+def batch_of(model):
+    """batch_of(rewards, lengths) -> a Batch of prompts that differ."""
+    first = lab.start(model)
+    problems = lab.sums(random.Random(0), 8)
+
+    def make(rewards, lengths=None):
+        lengths = torch.ones_like(rewards) if lengths is None else lengths
+        chosen = problems[: len(rewards)]
+        return Batch(rewards, lengths, [p.question for p in chosen], 0, first.encode(chosen), first.model)
+
+    return make
+
+
+def test_a_value_network_learns_what_a_prompt_is_worth(batch_of):
+    method = METHODS["value_network"]()
+    batch = batch_of(torch.tensor([[1.0, 0.6], [0.4, 0.0]], dtype=torch.float64))
+    first, *_, last = (method(batch).mean(1) for _ in range(60))
+    assert first[0] - first[1] > 1  # before, the mean of the batch
+    assert abs(last[0] - last[1]) < 0.2
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_finite_and_favors_the_better_answer(name):
+def test_a_method_is_finite_and_favors_the_better_answer(name, batch_of):
     rewards = torch.from_numpy(np.random.default_rng(0).choice([0.0, 0.01, 0.5, 1.0], (8, 4)))
     lengths = torch.from_numpy(np.random.default_rng(1).integers(3, 9, (8, 4)))
-    advantage = METHODS[name]()(Batch(rewards, lengths, [str(k) for k in range(8)], 0))
+    advantage = METHODS[name]()(batch_of(rewards, lengths))
     assert advantage.shape == rewards.shape and advantage.isfinite().all()
     assert (advantage * (rewards - rewards.mean(1, keepdim=True))).sum() > 0
 

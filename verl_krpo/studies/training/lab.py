@@ -158,7 +158,8 @@ def roll(first: Start, model, condition: Condition, problems: list[Problem], see
     responses, mask = sample(model, prompts, condition.size, end, pad, generator)
     rewards = noise(scores(first.tokenizer, responses, problems, condition.size))
     lengths = mask.sum(1).view_as(rewards)
-    return Rollouts(prompts, responses, mask, Batch(rewards, lengths, [p.question for p in problems], step))
+    batch = Batch(rewards, lengths, [p.question for p in problems], step, prompts, first.model)
+    return Rollouts(prompts, responses, mask, batch)
 
 
 def surrogate(model, rolled: Rollouts, advantage: Tensor, kl: float = 0.0, reference=None) -> Tensor:

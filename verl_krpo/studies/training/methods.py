@@ -3,6 +3,7 @@
 A method is made anew for every run, for some keep a state; then it takes one batch after the other.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,12 +19,17 @@ from verl_krpo.studies import simulate
 
 
 class Batch(NamedTuple):
-    """rewards, lengths: (prompts, size), keys: what identifies a prompt that comes again, step: from 0."""
+    """rewards, lengths: (prompts, size), keys: what identifies a prompt that comes again, step: from 0.
+
+    prompts: (prompts, tokens), first: the model that training begins with; what a value network reads, and starts from.
+    """
 
     rewards: Tensor
     lengths: Tensor
     keys: list[str]
     step: int
+    prompts: Tensor
+    first: torch.nn.Module
 
 
 Method = Callable[[Batch], Tensor]  # -> advantages (prompts, size)
@@ -100,6 +106,31 @@ def _spo(keep: float = 0.9, start: float = 8.0) -> Method:
     return method
 
 
+def _value_network(learning_rate: float = 1e-3) -> Method:
+    """PPO's critic: the first model under a linear head of zeros, A = r - V(prompt), whitened over the batch.
+
+    As in verl: values are those before this batch, then one Adam step on the squared error follows, at ten times the
+    policy's learning rate. verl's critic values every token, and knows the more the further the response has come.
+    """
+    critic = head = optimizer = None
+
+    def method(batch: Batch) -> Tensor:
+        nonlocal critic, head, optimizer
+        if critic is None:
+            critic = copy.deepcopy(batch.first.model)
+            head = torch.zeros(batch.first.config.hidden_size, requires_grad=True)
+            optimizer = torch.optim.Adam([*critic.parameters(), head], lr=learning_rate)
+        value = critic(input_ids=batch.prompts).last_hidden_state[:, -1] @ head
+        error = batch.rewards - value[:, None]
+        optimizer.zero_grad()
+        error.square().mean().backward()
+        optimizer.step()
+        error = error.detach()
+        return (error - error.mean()) / (error.std() + 1e-8)
+
+    return method
+
+
 PUBLISHED = KrpoConfig()
 METHODS: dict[str, Callable[[], Method]] = {
     "grpo": _verl("grpo_vectorized"),
@@ -109,6 +140,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "batch_mean": lambda: lambda batch: batch.rewards - batch.rewards.mean(),
     "jspo": _krpo(KrpoConfig(baseline=Baseline.jspo, scale=Scale.none)),
     "spo": _spo,
+    "value_network": _value_network,
     "krpo": _krpo(PUBLISHED),
     "krpo_adaptive": _krpo(ADAPTIVE),
     "krpo_memory": _memory,
