@@ -303,6 +303,12 @@ def test_any_mask_dtype_and_no_write_into_the_arguments(oracle, dtype):
     assert all(torch.equal(batch[key], value) for key, value in before.items())
 
 
+def test_a_list_of_rewards_is_not_rounded():
+    rewards = [0.1, 0.2, 0.4, 0.7]
+    exact = krpo(torch.tensor(rewards, dtype=torch.float64), ["a"] * 4).advantages()
+    assert torch.equal(krpo(rewards, ["a"] * 4).advantages(), exact)
+
+
 def test_low_precision_rewards_come_out_as_float32(oracle):
     batch = oracle.batch([1.0, 0.0, 1.0], "aab")
     plain, _ = compute_advantage(**batch)

@@ -139,7 +139,7 @@ def test_last_step_and_last_output_of_a_session(tmp_path):
         tmp_path,
         [
             entry("aime24", 0, 0, False, "1", uid="u_0_0"),
-            entry("aime24", 0, 0, True, "7", uid="u_0_1"),
+            entry("aime24", 0, 0, True, "7", uid="u_0_1", input="what the tool said, then the question"),
             entry("aime24", 0, 1, True, "7", uid="u_1_0"),
         ],
         step=10,

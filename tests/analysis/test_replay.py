@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,14 @@ def test_a_session_counts_once_by_its_final_output(tmp_path):
     rows = [rollout(1, "p", 0, 0.0), rollout(1, "p", 0, 1.0, output=1), rollout(1, "p", 1, 0.5)]
     (step,), _ = read_all(write_steps(tmp_path, rows))
     assert sorted(step.rewards) == [0.5, 1.0]
+
+
+def test_rows_that_fill_up_a_batch_are_no_responses(tmp_path):
+    """verl's upsample_batch_to_divisible_size names them so, one uid for all of a batch."""
+    uid = f"pad{uuid.uuid4().hex}"
+    rows = [rollout(1, "p", session, 1.0) for session in range(2)] + [rollout(1, uid, k, 0.0) for k in range(6)]
+    (step,), reading = read_all(write_steps(tmp_path, rows))
+    assert list(step.rewards) == [1.0, 1.0] and reading.damaged == 0
 
 
 def test_damaged_lines_are_counted_named_and_left_out(folder):

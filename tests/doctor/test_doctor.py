@@ -202,6 +202,11 @@ def test_what_a_job_meets(compose, overrides, named):
     assert named.items() <= met.items()
 
 
+def test_a_steady_gain_is_no_small_one(compose):
+    steady = [KPO_GROUP, "data.max_response_length=16", "actor_rollout_ref.actor.policy_loss.kpo.gain=steady"]
+    assert "data.max_response_length" not in {finding.check for finding in job.caveats(compose(*BATCH, *steady))}
+
+
 def test_how_often_prompts_come_back(compose, tmp_path):
     import pandas as pd
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,10 +44,21 @@ def test_the_interval_holds_the_truth_and_one_run_has_none():
 
 
 def test_too_few_points_or_no_bend_is_an_error():
-    with pytest.raises(ValueError, match="4 accuracies after the first.*trainer.test_freq"):
+    with pytest.raises(ValueError, match="5 accuracies: a curve needs one and 5 more.*trainer.test_freq"):
         fit(accuracy(CURVE, steps=range(10, 50, 10)))
     with pytest.raises(ValueError, match="ceiling cannot be told yet"):
         fit({0: 0.3} | {step: 0.3 + step / 1000 for step in range(10, 101, 10)})
+
+
+def test_a_fit_that_does_not_converge_is_one_line_of_the_table(monkeypatch, capsys):
+    from verl_krpo.runs import curves
+
+    def never(*args, **kwargs):
+        raise RuntimeError("Optimal parameters not found")
+
+    monkeypatch.setattr("scipy.optimize.curve_fit", never)
+    curves.table_of_fits([curves.Run("krpo_seed1", Path("krpo_seed1"), {}, {}, accuracy(CURVE))])
+    assert "no fit, Optimal parameters not found" in " ".join(capsys.readouterr().out.split())
 
 
 def test_on_the_command_line(tmp_path):
@@ -62,4 +74,4 @@ def test_on_the_command_line(tmp_path):
     assert done.exit_code == 0, done.output
     row = next(line for line in done.output.splitlines() if line.startswith("krpo ") and "2" in line and "0.8" in line)
     assert "±" in row
-    assert "krpo_seed3: no fit, 1 accuracies after the first" in " ".join(done.output.split())
+    assert "krpo_seed3: no fit, 2 accuracies: a curve needs" in " ".join(done.output.split())

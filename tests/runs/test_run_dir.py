@@ -203,6 +203,10 @@ def test_quiet_shows_the_log_of_a_failing_job_and_passes_its_status_on(tmp_path,
     assert "noise of the job" in shown and str(tmp_path / "log.txt") in shown
 
 
-def test_a_silent_job_is_ended(tmp_path, capsys):
-    assert quiet(tmp_path, "import time; time.sleep(600)", stall_seconds=1) == 1
-    assert "no output for 1 s" in capsys.readouterr().err
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_silent_job_is_ended(tmp_path, capsys, monkeypatch, deaf):
+    monkeypatch.setattr(run_dir, "TERM_SECONDS", 1)
+    heeds = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else "pass"
+    assert quiet(tmp_path, f"import signal, time; {heeds}; time.sleep(600)", stall_seconds=2) == 1
+    assert "no output for 2 s" in capsys.readouterr().err
+    assert not [p for p in psutil.Process().children(recursive=True) if "time.sleep(600)" in " ".join(p.cmdline())]

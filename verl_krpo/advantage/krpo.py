@@ -85,12 +85,12 @@ def krpo(
     if (memory is None) != (settings.memory == Memory.none):
         given = "no memory" if memory is None else "a memory"
         raise ValueError(f"krpo got {given} with {KRPO_AT}.memory={settings.memory.value}: the two go together")
-    rewards = torch.as_tensor(rewards)
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
     counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
     order_free = _order_free(settings)
     groups = group(prompts, counted, Order.arrival if order_free else settings.order)
     _require_finite(rewards, groups)
-    values = groups.gather(rewards.double())
+    values = groups.gather(rewards)
     prior, visits = prior_of(values, groups, settings), None
     if memory is not None:
         step = memory.step + 1 if step is None else step

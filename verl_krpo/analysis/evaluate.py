@@ -4,7 +4,7 @@ verl writes STEP.jsonl to `trainer.validation_data_dir`, a line a response: inpu
 else the reward returns; the `math` reward adds pred (the final answer) and source (the benchmark). Of n samples of a
 problem, c of them right:
 
-    avg@n     c / n: verl's own acc/mean@n
+    avg@n     c / n; verl's own acc/mean@n, which counts a session that failed, and is not in the dump, as wrong
     pass@k    the probability that k samples hold a right one (pass_at_k.py)
     maj@k     the expected correctness of the most frequent answer of k samples
 
@@ -64,8 +64,10 @@ def read(path: str | os.PathLike) -> dict[str, Benchmark]:
                 entry["input"], entry["output"], entry["acc"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}, line {number} is not of verl's validation dump: {error!r}") from error
-            # An agent loop can have several outputs a session, {uid}_{session}_{output}: verl scores the last.
-            samples[str(entry.get("uid", number)).rpartition("_")[0] or str(number)] = entry
+            # An agent loop can have several outputs a session, {uid}_{session}_{output}, in this order: the first one's
+            # input is the problem, and verl scores the last.
+            session = str(entry.get("uid", number)).rpartition("_")[0] or str(number)
+            samples[session] = entry | {"input": samples.get(session, entry)["input"]}
     benchmarks: dict[str, Benchmark] = {}
     for entry in samples.values():
         problems = benchmarks.setdefault(str(entry.get("source") or "validation"), {})

@@ -88,7 +88,7 @@ def facts(run: Replay) -> list[tuple[str, str]]:
     named = ", ".join(f"{k}={getattr(v, 'value', v)}" for k, v in changed.items())
     rows.append(("krpo", named or "the published settings"))
     nis = run.nis[0] / run.nis[1] if run.nis[1] else math.nan
-    verdict = "fits" if 0.5 <= nis <= 2 else "too small: rewards vary more than Q, R and the prior say"
+    verdict = "right" if 0.5 <= nis <= 2 else "too small: rewards vary more than Q, R and the prior say"
     if nis < 0.5:
         verdict = "too large: rewards vary less than Q, R and the prior say"
     rows.append(("NIS", f"{number(nis)} (1 is right; the noise is {verdict})" if nis == nis else "not defined"))

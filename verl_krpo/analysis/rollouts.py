@@ -105,7 +105,8 @@ def _row(line: bytes, path: Path, at: int, reading: Reading) -> tuple | None:
     key, text = row.get("uid"), row.get("input")
     text = hashlib.blake2b(text.encode(), digest_size=12).hexdigest() if isinstance(text, str) else None
     if isinstance(key, str) and key:
-        return step, float(score), key, text
+        # verl fills batches up with rows that answer nothing: pad{hex}_{i}_0, where a prompt has {hex}_{i}_{output}.
+        return None if key.startswith("pad") else (step, float(score), key, text)
     if text is None:
         return reading.skip(path, at, "neither uid nor input says which prompt this answers")
     reading.by_text = True

@@ -147,11 +147,11 @@ OF_KRPO = (
         f"{ROLLOUT}.multi_turn", "note", "a session counts once, by its final output; tool tokens are masked",
     ),
     Caveat(
-        lambda c, krpo: c.algorithm.filter_groups.enable and not _shrinks(krpo),
+        lambda c, krpo: OmegaConf.select(c, "algorithm.filter_groups.enable") and not _shrinks(krpo),
         "algorithm.filter_groups", "note", "groups of equal rewards are dropped before krpo sees them",
     ),
     Caveat(
-        lambda c, krpo: c.algorithm.filter_groups.enable and _shrinks(krpo),
+        lambda c, krpo: OmegaConf.select(c, "algorithm.filter_groups.enable") and _shrinks(krpo),
         "algorithm.filter_groups.enable", "warning",
         "{value}: the groups it drops are what shrinking gains from; with it this is no better than rloo and weighs "
         "easy and hard prompts less. Set it to false, or algorithm.adv_estimator=rloo",
@@ -170,7 +170,7 @@ OF_KPO = (
     Caveat(
         lambda c, kpo: kpo.measurement_var != "batch" and _last_gain(c, kpo) < 1e-4,
         "data.max_response_length", "warning",
-        "{value}: the gain falls below 1e-4 by then, kpo hardly moves; raise process_var for short responses",
+        "{value}: the gain is below 1e-4 even there, kpo hardly moves; raise process_var for short responses",
     ),
     Caveat(
         lambda c, kpo: kpo.clip and _clip_low(c) > 0.01,
@@ -231,10 +231,11 @@ def _updates_once(config: DictConfig) -> bool:
 
 
 def _last_gain(config: DictConfig, kpo: KpoConfig) -> float:
-    from verl_krpo.kalman import LocalLevel, gains
+    from verl_krpo.kalman import LocalLevel
+    from verl_krpo.kalman.sequence import schedule
 
     model = LocalLevel(kpo.process_var, kpo.measurement_var, 0.0, kpo.init_var)
-    return gains(model, config.data.max_response_length)[-1].item()
+    return schedule(model, kpo.gain, config.data.max_response_length)[-1].item()
 
 
 def _clip_low(config: DictConfig) -> float:

@@ -73,12 +73,13 @@ def mini_batch(config: DictConfig) -> list[Finding]:
 
 
 def disk(config: DictConfig) -> list[Finding]:
-    """Room for the checkpoints that will exist at once, where the model's size is known here."""
+    """Room for the checkpoints that will exist at once (two where all are kept), if the model's size is known here."""
     folder = folder_of(config.actor_rollout_ref.model.path)
     if config.trainer.save_freq <= 0 or folder is None:
         return []
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // 2  # in bfloat16
-    kept = (config.trainer.max_actor_ckpt_to_keep or 1) + 1  # the oldest goes when the newest is complete
+    # verl makes room before it saves, but keeps an only checkpoint until the next is complete. null keeps all of them.
+    kept = max(2, config.trainer.max_actor_ckpt_to_keep or 2)
     needed = kept * CHECKPOINT_BYTES * weights
     where = Path(config.trainer.default_local_dir).absolute()
     while not where.exists():

@@ -141,7 +141,7 @@ def table_of_fits(runs: Sequence[Run], console=None) -> None:
         for run in seeds:
             try:
                 fits.append(fit(run.accuracy))
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # RuntimeError: scipy's, no convergence
                 reasons.append(f"{run.name}: no fit, {error}")
         if fits:
             numbers = [

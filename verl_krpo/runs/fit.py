@@ -31,15 +31,14 @@ def saturating(steps: np.ndarray, start: float, ceiling: float, speed: float, mi
 def fit(accuracy: Series) -> Fit:
     """Of a run's {step: accuracy in 0..1}, the first one before training.
 
-    ValueError with fewer than FEWEST later points, or where they do not say what the curve is (it has not bent yet).
+    ValueError with fewer than FEWEST later points, or where they do not say what the curve is (it has not bent yet);
+    RuntimeError where the least squares do not converge.
     """
     from scipy.optimize import curve_fit
 
+    if len(accuracy) <= FEWEST:
+        raise ValueError(f"{len(accuracy)} accuracies: a curve needs one and {FEWEST} more; set trainer.test_freq")
     (first, start), *later = sorted(accuracy.items())
-    if len(later) < FEWEST:
-        raise ValueError(
-            f"{len(later)} accuracies after the first: a curve of three numbers needs {FEWEST}; set trainer.test_freq"
-        )
     steps, values = np.array(later, dtype=float).T
     steps = steps - first
     guess, most = Fit(min(0.99, max(values.max(), start) + 0.02), 1.0, float(np.median(steps))), 100 * steps[-1]

@@ -36,6 +36,7 @@ from verl_krpo.runs.log import EARLIER, METRICS, REWARD, SECONDS, accuracy, line
 
 ATTEMPTS, LOG, LOCK = "attempts.jsonl", "log.txt", ".lock"
 POLL_SECONDS = 0.2
+TERM_SECONDS = 60  # for a job that is asked to end
 
 
 def run(run_dir: str | os.PathLike, command: list[str], quiet: bool = False, stall_seconds: float = 900) -> int:
@@ -97,7 +98,11 @@ def _follow(job: subprocess.Popen, run_dir: Path, quiet: bool, stall_seconds: fl
         elif quiet and time.monotonic() - last > stall_seconds:
             print(f"no output for {stall_seconds:.0f} s: ending the job", file=sys.stderr)
             os.killpg(job.pid, signal.SIGTERM)
-            job.wait(60)
+            try:
+                job.wait(TERM_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(job.pid, signal.SIGKILL)
+                job.wait()
             status = 1
             break
     shown.close(failed=status != 0)
