@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from verl_krpo.config import ADAPTIVE, Scale
+from verl_krpo.runs import figure
 from verl_krpo.studies import estimator, report, simulate
 
 MEASURES = {
@@ -50,7 +51,7 @@ def measure(seed: int = 0, prompts: tuple = PROMPTS, sizes: tuple = SIZES, rewar
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    figure, axes = report.figure(3, len(simulate.PROMPT_MEANS), 12, 6.6, sharex=True, sharey="row")
+    drawn, axes = figure.axes(3, len(simulate.PROMPT_MEANS), 12, 6.6, sharex=True, sharey="row")
     colors = ["#9fc5e8", "#5aa9d6", "#1f5fa8"]
     for column, law in enumerate(simulate.PROMPT_MEANS):
         for line, (key, label) in enumerate(MEASURES.items()):
@@ -71,7 +72,7 @@ def draw(rows: list[dict], path: Path) -> None:
             if line == len(MEASURES) - 1:
                 axis.set_xlabel("group size")
     axes[0, 0].legend(fontsize=8)
-    report.save(figure, path)
+    figure.save(drawn, path)
 
 
 def run(out: Path, seed: int = 0) -> str:

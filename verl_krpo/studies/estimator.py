@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from verl_krpo.runs import figure
 from verl_krpo.studies import report, simulate
 
 SHOWN = ("uniform", "Beta(5,5)", "two-point", "gaussian", "drifting", "mixture")  # laws in the figures
@@ -74,11 +75,12 @@ def measure(seed: int = 0, prompts: int = 64, sizes: tuple = SIZES, batches: int
 
 
 def draw(rows: list[dict], path: Path, measures: tuple[str, ...], titles: tuple[str, ...]) -> None:
-    figure, axes = report.figure(len(measures), len(SHOWN), 12, 2.4 * len(measures) + 0.4, sharex=True, sharey="row")
+    drawn, axes = figure.axes(len(measures), len(SHOWN), 12, 2.4 * len(measures) + 0.4, sharex=True, sharey="row")
+    colors = figure.colors(list(dict.fromkeys(row["estimator"] for row in rows)))
     for line, (key, title) in enumerate(zip(measures, titles, strict=True)):
         for column, law in enumerate(SHOWN):
             axis = axes[line, column]
-            for form, color in report.COLORS.items():
+            for form, color in colors.items():
                 of_form = [row for row in rows if row["law"] == law and row["estimator"] == form]
                 size = [row["size"] for row in of_form]
                 # GRPO's family dashed and on top: where the curves agree both are seen.
@@ -100,8 +102,8 @@ def draw(rows: list[dict], path: Path, measures: tuple[str, ...], titles: tuple[
                 axis.set_xlabel("group size")
         axes[line, 0].set_ylabel(title)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=len(labels), loc="outside lower center", fontsize=8, frameon=False)
-    report.save(figure, path)
+    drawn.legend(handles, labels, ncols=6, loc="outside lower center", fontsize=8, frameon=False)
+    figure.save(drawn, path)
 
 
 def run(out: Path, seed: int = 0) -> str:

@@ -8,7 +8,7 @@ intervals over seeds (bootstrap), the same prompts and rewards for all.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from verl_krpo.advantage.krpo import krpo
 from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.config import ADAPTIVE, MEMORY
+from verl_krpo.runs import figure
 from verl_krpo.studies import report
 
 SIZES = (1, 2, 4, 8)
@@ -68,13 +69,13 @@ TRAININGS = {
 }
 
 
-def residuals(training: Training, size: int, seed: int, memory_var: float | str = "auto") -> dict[str, float]:
+def residuals(training: Training, size: int, seed: int) -> dict[str, float]:
     """Mean residual of each baseline over the steps that count, and krpo/nis of the memory."""
     rng = np.random.default_rng(seed)
-    memory, settings, sums = PromptMemory(), replace(MEMORY, memory_var=memory_var), []
+    memory, sums = PromptMemory(), []
     for step, (prompts, chances, rewards) in enumerate(training.draw(size, rng)):
         rows, labels = torch.from_numpy(rewards.reshape(-1)), prompts.repeat(size)
-        remembered = krpo(rows, labels, settings, memory=memory, step=step)
+        remembered = krpo(rows, labels, MEMORY, memory=memory, step=step)
         memory = remembered.memory
         total = rewards.sum(axis=1, keepdims=True)
         baselines = {
@@ -120,14 +121,14 @@ def measure(seed: int = 0, trainings: dict[str, Training] = TRAININGS, sizes=SIZ
 
 def draw(rows: list[dict], path: Path) -> None:
     names = list(dict.fromkeys(row["training"] for row in rows))
-    figure, axes = report.figure(1, len(names), 1.6 * len(names) + 1, 2.8, sharex=True, sharey=True)
+    drawn, axes = figure.axes(1, len(names), 1.6 * len(names) + 1, 2.8, sharex=True, sharey=True)
     for axis, name in zip(axes[0], names, strict=True):
         cells = [row for row in rows if row["training"] == name]
         size = [row["size"] for row in cells]
         for key, label in (("adaptive_to_rloo", "krpo_adaptive"), ("memory_to_rloo", "krpo_memory")):
             value = np.array([row[key] for row in cells])
             error = np.abs(np.array([[row[f"{key}_low"], row[f"{key}_high"]] for row in cells]).T - value)
-            axis.errorbar(size, value, yerr=error, fmt="o-", ms=3, lw=1.3, color=report.COLORS[label], label=label)
+            axis.errorbar(size, value, yerr=error, fmt="o-", ms=3, lw=1.3, color=figure.color(label), label=label)
         axis.axhline(1, color="#4d4d4d", lw=0.8, ls="--")
         axis.set_xscale("log", base=2)
         axis.set_xticks(size, [str(n) for n in size])
@@ -135,7 +136,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.set_xlabel("group size")
     axes[0, 0].set_ylabel("E(r-b)$^2$ / RLOO's\n(n = 1: the batch mean's)")
     axes[0, 0].legend(fontsize=8)
-    report.save(figure, path)
+    figure.save(drawn, path)
 
 
 def run(out: Path, seed: int = 0) -> str:

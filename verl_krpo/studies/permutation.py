@@ -16,6 +16,7 @@ import torch
 
 from verl_krpo.advantage.krpo import krpo
 from verl_krpo.config import Baseline, KrpoConfig, Order
+from verl_krpo.runs import figure
 from verl_krpo.studies import report, simulate
 
 MULTISETS = {
@@ -83,26 +84,26 @@ def measure(seed: int = 0, permutations: int = 50) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    figure, axes = report.figure(1, 2, 11, 3.6, sharey=True)
-    colors = ["#c0392b", "#e08e45", "#8e6bbf", "#1f5fa8", "#5aa9d6"]
+    drawn, axes = figure.axes(1, 2, 11, 3.6, sharey=True)
+    methods = ("krpo", "krpo_predicted", "krpo_posterior", "krpo_leave_one_out", "krpo_adaptive")
     titles = {
         "spread_of_A": "share of A that is order (std over permutations / std of A)",
         "spread_of_gradient_norm": "gradient norm: coefficient of variation over permutations",
     }
     for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
-        for k, form in enumerate(FORMS):
+        for k, (form, method) in enumerate(zip(FORMS, methods, strict=True)):
             of_form = [row for row in rows if row["form"] == form]
             at = np.arange(len(of_form)) + (k - 2) * 0.15
             value = np.array([row[name] for row in of_form])
             error = np.abs(np.array([[row[f"{name}_low"], row[f"{name}_high"]] for row in of_form]).T - value)
-            axis.errorbar(value, at, xerr=error, fmt="o", ms=4, lw=1.2, color=colors[k], label=form)
+            axis.errorbar(value, at, xerr=error, fmt="o", ms=4, lw=1.2, color=figure.color(method), label=form)
         axis.set_yticks(range(len(MULTISETS)), MULTISETS)
         axis.set_xlim(left=-0.02)
         axis.set_title(title, fontsize=9)
     axes[0, 0].invert_yaxis()
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=len(labels), loc="outside lower center", fontsize=8, frameon=False)
-    report.save(figure, path)
+    drawn.legend(handles, labels, ncols=6, loc="outside lower center", fontsize=8, frameon=False)
+    figure.save(drawn, path)
 
 
 def run(out: Path, seed: int = 0) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from verl_krpo.config import Baseline, KrpoConfig, Order
+from verl_krpo.runs import figure
 from verl_krpo.studies import report, simulate
 
 PROCESS_VARS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -50,7 +51,9 @@ def measure(seed: int = 0, law: str = "uniform", prompts: int = 64, size: int = 
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    figure, axes = report.figure(len(BASELINES), 2, 9.5, 6.4)
+    from matplotlib.patches import Rectangle
+
+    drawn, axes = figure.axes(len(BASELINES), 2, 9.5, 6.4)
     titles = {"snr": "gradient SNR / RLOO's", "std_of_A": "std of A (GRPO: 1)"}
     for line, baseline in enumerate(BASELINES):
         for column, (key, title) in enumerate(titles.items()):
@@ -71,14 +74,8 @@ def draw(rows: list[dict], path: Path) -> None:
             axis.set_xlabel("Q")
             axis.set_ylabel("R")
             at = PROCESS_VARS.index(1e-5) - 0.5, MEASUREMENT_VARS.index(1e-2) - 0.5
-            axis.add_patch(_frame(at))
-    report.save(figure, path)
-
-
-def _frame(at):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(at, 1, 1, fill=False, lw=1.8, edgecolor="black")
+            axis.add_patch(Rectangle(at, 1, 1, fill=False, lw=1.8, edgecolor="black"))
+    figure.save(drawn, path)
 
 
 def run(out: Path, seed: int = 0) -> str:
