@@ -97,7 +97,8 @@ def small(monkeypatch):
 def test_a_study_writes_its_figures_and_numbers(small, tmp_path, study, figures):
     text = study.run(tmp_path, seed=1)
     name = study.__name__.rpartition(".")[2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{name}.csv"] + [f"{f}.png" for f in figures])
+    drawn = [f"{f}.{kind}" for f in figures for kind in ("png", "svg")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{name}.csv", *drawn])
     with (tmp_path / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) >= 4 and all(value != "" for row in rows for value in row.values())
