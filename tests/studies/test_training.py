@@ -201,6 +201,7 @@ RUNS = {  # folder of docs/results -> the second method that its table compares 
     "training/claims": "grpo",
     "training/parts": "krpo",
     "training/others": "grpo",
+    "training/value": "krpo_adaptive",
     "training/grid": "krpo",
     "training/rates": "grpo",
     "training/tuned": "grpo",
