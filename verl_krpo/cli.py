@@ -19,7 +19,9 @@ data = typer.Typer(
     help="Write a dataset as verl parquet (train.parquet, test.parquet and a card).", no_args_is_help=True
 )
 app.add_typer(data, name="data")
-study = typer.Typer(help="The estimators on simulated rewards: a CSV, figures and a table.", no_args_is_help=True)
+study = typer.Typer(
+    help="Estimators on simulated rewards, estimators and losses in training; prints a table.", no_args_is_help=True
+)
 app.add_typer(study, name="study")
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-Number = int | float | str  # str only for the words "batch" and "auto"
+NumberOrWord = int | float | str  # the words are "batch" and "auto"
 BATCH = "batch"
 AUTO = "auto"
 KRPO_AT = "algorithm.krpo"
@@ -108,15 +108,15 @@ class KrpoConfig:
     """
 
     process_var: float = 1e-5
-    measurement_var: Number = 1e-2
-    init_mean: Number = 0.0
-    init_var: Number = 1.0
+    measurement_var: NumberOrWord = 1e-2
+    init_mean: NumberOrWord = 0.0
+    init_var: NumberOrWord = 1.0
     epsilon: float = 1e-8
     order: Order = Order.shuffled
     baseline: Baseline = Baseline.causal
     scale: Scale = Scale.filter_std
     memory: Memory = Memory.none
-    memory_var: Number = AUTO
+    memory_var: NumberOrWord = AUTO
 
     def __post_init__(self) -> None:
         rules = {
@@ -162,7 +162,7 @@ class KpoConfig:
     """
 
     process_var: float = 1e-6
-    measurement_var: Number = 1.0
+    measurement_var: NumberOrWord = 1.0
     init_var: float = 0.0
     clip: bool = True
     gain: Gain = Gain.scheduled

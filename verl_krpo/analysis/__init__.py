@@ -1,1 +1,1 @@
-"""Runs read back: curves, tables."""
+"""Rollouts and validation dumps read back: replay, evaluation."""

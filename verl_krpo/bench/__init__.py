@@ -1,1 +1,1 @@
-"""What filters, loss and estimator cost: `verl-krpo bench`."""
+"""What filters, loss, estimator, memory and rewards cost: `verl-krpo bench`."""

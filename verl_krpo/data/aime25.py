@@ -1,12 +1,7 @@
 """AIME 2025: the 30 problems of the American Invitational Mathematics Examination I and II; answers 0 to 999."""
 
-from verl_krpo.data.source import Dataset, Problem
-
-
-def problem(record: dict) -> Problem:
-    # The papers print 033; the number is what counts.
-    return Problem(record["problem"].strip(), str(int(record["answer"])))
-
+from verl_krpo.data.aime24 import problem
+from verl_krpo.data.source import Dataset
 
 DATASET = Dataset(
     name="aime25",

@@ -99,7 +99,6 @@ def rows(dataset: Dataset, source: str | os.PathLike | None = None, limit: int |
     seen: set[str] = set()
     # The test split first, so that it is the training split which loses a question that both have.
     for split in sorted(dataset.splits):
-        made[split] = []
         found = _problems(dataset, _records(dataset, dataset.splits[split], source), seen)
         if dataset.held_out is None:
             made[split] = [_row(dataset, problem, split, i) for i, problem in enumerate(islice(found, limit))]

@@ -24,9 +24,9 @@ class Finding:
     code: int = 0
 
 
-def missing(text: str, fix: str, check: str = "job") -> Finding:
+def missing(text: str, fix: str) -> Finding:
     """What a job would miss on this machine, and what to do about it."""
-    return Finding(check, "failure", text, fix, code=MISSING)
+    return Finding("job", "failure", text, fix, code=MISSING)
 
 
 def exit_status(findings: Iterable[Finding]) -> int:

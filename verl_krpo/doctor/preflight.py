@@ -6,9 +6,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from verl_krpo.doctor import data, machine, model, nodes
-from verl_krpo.doctor.finding import Finding, exit_status, missing
+from verl_krpo.doctor import data, machine, model, nodes, probe
+from verl_krpo.doctor.finding import MISSING, Finding, exit_status, missing
 from verl_krpo.doctor.job import compose, reason
+from verl_krpo.doctor.plugin import verdict
 
 
 def examine(overrides: list[str], prepares_data: bool = False) -> list[Finding]:
@@ -30,14 +31,9 @@ def examine(overrides: list[str], prepares_data: bool = False) -> list[Finding]:
 
 
 def plugin() -> list[Finding]:
-    """krpo and kpo in verl's registries, once verl is imported."""
-    import verl  # noqa: F401 (loads the plugin)
-    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
-
-    if "krpo" in ADV_ESTIMATOR_REGISTRY and "kpo" in POLICY_LOSS_REGISTRY:
-        return []
-    fix = f"{sys.executable} -m pip install -e .   (then: verl-krpo doctor)"
-    return [missing(f"verl in {sys.executable} does not load verl-krpo", fix)]
+    """krpo and kpo are in verl's registries, in this process."""
+    found = verdict(probe.registered(), "this process", MISSING)
+    return [found] if found.code else []
 
 
 def cluster(config: DictConfig) -> list[Finding]:

@@ -55,6 +55,4 @@ def _counts(global_batch_info: dict[str, Any], mask: torch.Tensor) -> dict[str, 
         for key, count in (("batch_num_tokens", mask.sum()), ("global_batch_size", mask.any(dim=1).sum())):
             if info.get(key) is None:
                 info[key] = count.clamp(min=1)
-    if info.get("loss_scale_factor") is None:
-        info["loss_scale_factor"] = mask.shape[1]
     return info

@@ -21,6 +21,7 @@ import sys
 import time
 
 ATTEMPTS = 3  # so often is a call tried whose worker is killed
+MEMORY_BYTES = 2 << 30  # of address space for a worker
 WALL_SECONDS = 600  # a worker that hangs without using the CPU is ended after that
 
 
@@ -34,15 +35,14 @@ class Pool:
     function     "package.module:name"
     processes    the most workers
     seconds      of CPU time for a call
-    memory       bytes of address space for a worker
     """
 
-    def __init__(self, function: str, processes: int, seconds: float = 5.0, memory: int = 2 << 30):
+    def __init__(self, function: str, processes: int, seconds: float = 5.0):
         self._seconds, self._processes = seconds, processes
         # The paths as an argument, since they may have been changed in this process. A file's directory stays out of
         # them: ours holds a math.py.
         code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; "
-        self._command = [sys.executable, "-c", code + f"_serve({function!r}, {seconds!r}, {memory!r})"]
+        self._command = [sys.executable, "-c", code + f"_serve({function!r}, {seconds!r})"]
         self._renew()
         os.register_at_fork(after_in_child=self._renew)  # a fork shares no pipes with its parent
         worker = self._idle.get()
@@ -124,7 +124,7 @@ def _limit(kind: int, most: int) -> None:
     resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
-def _serve(function: str, seconds: float, memory: int) -> None:
+def _serve(function: str, seconds: float) -> None:
     """A worker's life: a line of JSON in, a line out, until the parent closes the pipe."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever the thread blocked that started us
     signal.signal(signal.SIGPROF, _raise)
@@ -133,7 +133,7 @@ def _serve(function: str, seconds: float, memory: int) -> None:
     os.dup2(2, 1)  # what libraries print is no reply
     module, _, name = function.partition(":")
     call = getattr(importlib.import_module(module), name)
-    _limit(resource.RLIMIT_AS, memory)
+    _limit(resource.RLIMIT_AS, MEMORY_BYTES)
     signal.alarm(0)
     for line in sys.stdin.buffer:
         signal.alarm(WALL_SECONDS)
@@ -148,7 +148,7 @@ def _serve(function: str, seconds: float, memory: int) -> None:
         except _OutOfTime:
             reply = {"failed": _too_long(seconds)}
         except MemoryError:
-            reply = {"failed": f"more than {memory / 2**30:g} GiB of memory"}
+            reply = {"failed": f"more than {MEMORY_BYTES / 2**30:g} GiB of memory"}
         except Exception as error:
             reply = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
         signal.alarm(0)

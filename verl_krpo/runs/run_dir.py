@@ -171,11 +171,12 @@ def end(run_dir: Path, status: int) -> int:
 
 def summary(run_dir: str | os.PathLike, last: int = 10) -> dict[str, float]:
     """steps, mean reward of the `last` of them, last held-out accuracy and hours; what was not logged is left out."""
-    logged = [data for _, data in sorted(rows(run_dir).items())]
+    steps = rows(run_dir)
+    logged = [steps[step] for step in sorted(steps)]
     rewards = [data[REWARD] for data in logged if REWARD in data][-last:]
     accuracies = [value for data in logged if (value := accuracy(data)) is not None]
     return {
-        "steps": max(rows(run_dir), default=0),
+        "steps": max(steps, default=0),
         **({"reward": statistics.fmean(rewards)} if rewards else {}),
         **({"accuracy": accuracies[-1]} if accuracies else {}),
         "hours": sum(data.get(SECONDS, 0.0) for data in logged) / 3600,

@@ -1,1 +1,1 @@
-"""The estimators on simulated rewards: every study writes a CSV and figures and returns a table."""
+"""Estimators on simulated rewards, estimators and losses in training: every study returns a table."""

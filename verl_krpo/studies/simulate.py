@@ -178,9 +178,9 @@ def draw(law: str, rng: np.random.Generator, prompts: int, size: int, batches: i
     return rewards, truth, np.broadcast_to(std.reshape(batches, 1, *std.shape[1:] or (1, 1)), truth.shape)
 
 
-def resamples(rng: np.random.Generator, batches: int, count: int = 400) -> np.ndarray:
-    """Bootstrap weights (1 + count, batches); the first row is the sample itself."""
-    drawn = rng.multinomial(batches, np.full(batches, 1 / batches), count) / batches
+def resamples(rng: np.random.Generator, batches: int) -> np.ndarray:
+    """400 bootstrap weights (401, batches); the first row is the sample itself."""
+    drawn = rng.multinomial(batches, np.full(batches, 1 / batches), 400) / batches
     return np.concatenate([np.full((1, batches), 1 / batches), drawn])
 
 
