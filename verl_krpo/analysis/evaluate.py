@@ -215,11 +215,9 @@ def _write_csv(runs: dict, measured: dict, comparisons: dict[str, list[Compariso
 def plot(measured: dict[str, dict[str, dict[str, Estimate]]], path: str | os.PathLike) -> Path:
     """A panel a benchmark: pass@k (lines) and maj@k (dashed) over k with their intervals, to PATH.png and PATH.svg."""
     names = sorted({name for benchmarks in measured.values() for name in benchmarks})
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
-    drawn, axes = figure.axes(lines, columns, max(5.0, 3.4 * columns), 3.0 * lines + 0.6)
+    drawn, axes = figure.panels(len(names), max(5.0, 3.4 * min(3, len(names))), 3.0)
     colors = figure.colors(list(measured))
-    for axis, name in zip(axes.flat, names, strict=False):
+    for axis, name in zip(axes, names, strict=True):
         for run, benchmarks in measured.items():
             for metric, style in (("pass", "-"), ("maj", "--")):
                 label = f"{run if len(measured) > 1 else ''} {metric}@k".strip()
@@ -228,9 +226,7 @@ def plot(measured: dict[str, dict[str, dict[str, Estimate]]], path: str | os.Pat
         axis.set(xlabel="samples k", ylim=(0, 1))
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    figure.legend(drawn, axes[0, 0], ncols=2)
+    figure.legend(drawn, axes[0], ncols=2)
     return figure.save(drawn, path)
 
 

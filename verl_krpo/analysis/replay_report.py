@@ -204,7 +204,7 @@ def _lines(title: str, x, series: dict, xlabel: str, ylabel: str = "", log: bool
 def _distribution(title: str, run: Replay) -> tuple[str, str]:
     drawn, axes = figure.axes(2, 3, 6, 3.4, sharex=True, sharey=True)
     middle = (EDGES[1:-2] + EDGES[2:-1]) / 2
-    for axis, method in zip(axes.flat, METHODS, strict=False):
+    for axis, method in zip(axes.flat, METHODS, strict=True):
         counts = run.totals[method].histogram
         share = counts[1:-1] / max(1, counts.sum())
         axis.fill_between(middle, share, step="mid", color=figure.color(method), linewidth=0)
@@ -212,8 +212,6 @@ def _distribution(title: str, run: Replay) -> tuple[str, str]:
         axis.set_xlim(-6, 6)
         if share.any():
             axis.set_yscale("log")
-    for axis in axes.flat[len(METHODS) :]:
-        axis.set_visible(False)
     drawn.supxlabel("A / std(A) of its step", fontsize=10)
     drawn.supylabel("share of the responses", fontsize=10)
     return _svg(title, drawn)

@@ -74,6 +74,15 @@ def axes(rows: int, columns: int, width: float, height: float, **options):
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def panels(count: int, width: float, height: float, **options):
+    """(figure, list of `count` axes), at most three side by side: width of all, height of a row. See `axes`."""
+    rows = -(-count // 3)
+    figure, grid = axes(rows, min(3, count), width, height * rows + 0.5, **options)
+    for spare in grid.flat[count:]:
+        spare.remove()
+    return figure, list(grid.flat[:count])
+
+
 def legend(figure, panel, **options) -> None:
     """One legend for all panels, from the lines of one of them."""
     handles, labels = panel.get_legend_handles_labels()

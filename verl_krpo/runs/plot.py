@@ -68,11 +68,9 @@ def draw(methods: dict[str, list[dict[str, Series]]], out: str | os.PathLike) ->
     panels = [panel for panel in PANELS if any(metric in logged for metric, _, _ in panel.lines)]
     if not panels:
         raise ValueError(f"nothing to draw: none of {', '.join(m for p in PANELS for m, _, _ in p.lines)} was logged")
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    drawn, axes = figure.axes(rows, columns, 4.2 * columns, 2.9 * rows + 0.3)
+    drawn, axes = figure.panels(len(panels), 4.2 * min(3, len(panels)), 2.9)
     colors = figure.colors(list(methods))
-    for panel, axis in zip(panels, axes.flat, strict=False):
+    for panel, axis in zip(panels, axes, strict=True):
         for name, seeds in methods.items():
             for metric, suffix, style in panel.lines:
                 if given := [seed[metric] for seed in seeds if metric in seed]:
@@ -83,8 +81,6 @@ def draw(methods: dict[str, list[dict[str, Series]]], out: str | os.PathLike) ->
         figure.whole_steps(axis, most=5)
         if panel is panels[0] or len(panel.lines) > 1:
             axis.legend(frameon=False, fontsize=8)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
     drawn.supxlabel("training step", fontsize=9)
     return figure.save(drawn, out), [panel.title for panel in panels]
 

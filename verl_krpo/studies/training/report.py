@@ -183,11 +183,9 @@ def _ratio(value: float) -> str:
 def draw_curves(rows: list[dict], path: Path) -> None:
     """A panel a condition: held-out accuracy over rollouts, mean over the seeds and its 95 % interval."""
     runs = by_condition(rows)
-    drawn, panels = figure.axes(*_grid(len(runs)), 11, 3.2 * _grid(len(runs))[0] + 0.5)
-    for panel in panels.flat[len(runs) :]:
-        panel.remove()
+    drawn, panels = figure.panels(len(runs), 11, 3.2)
     colors = figure.colors(sorted({row["method"] for row in rows}))
-    for panel, (condition, methods) in zip(panels.flat, runs.items(), strict=False):
+    for panel, (condition, methods) in zip(panels, runs.items(), strict=True):
         for method in sorted(methods):
             seeds = list(methods[method].values())
             curves = np.stack([run["curve"] for run in seeds])
@@ -196,19 +194,17 @@ def draw_curves(rows: list[dict], path: Path) -> None:
             figure.band(panel, at, mean, mean - half, mean + half, colors[method], label=method)
         panel.set_title(f"{condition}, seeds: {len(seeds)}")
         panel.set_xlabel("rollouts")
-    panels[0, 0].set_ylabel("held-out accuracy")
-    figure.legend(drawn, panels[0, 0], ncols=6)
+    panels[0].set_ylabel("held-out accuracy")
+    figure.legend(drawn, panels[0], ncols=6)
     figure.save(drawn, path)
 
 
 def draw_differences(lines: list[dict], path: Path) -> None:
     """A forest plot a condition: the paired difference of every method and its 95 % interval."""
     conditions = list(dict.fromkeys(line["condition"] for line in lines))
-    drawn, panels = figure.axes(*_grid(len(conditions)), 11, 2.6 * _grid(len(conditions))[0], sharex=True)
-    for panel in panels.flat[len(conditions) :]:
-        panel.remove()
+    drawn, panels = figure.panels(len(conditions), 11, 2.6, sharex=True)
     colors = figure.colors(sorted({line["method"] for line in lines}))
-    for panel, condition in zip(panels.flat, conditions, strict=False):
+    for panel, condition in zip(panels, conditions, strict=True):
         shown = [line for line in lines if line["condition"] == condition and line["method"] != line["reference"]]
         shown.sort(key=lambda line: line["difference"])
         for k, line in enumerate(shown):
@@ -219,8 +215,3 @@ def draw_differences(lines: list[dict], path: Path) -> None:
         panel.set_title(condition)
         panel.set_xlabel("accuracy less the reference's, paired")
     figure.save(drawn, path)
-
-
-def _grid(panels: int) -> tuple[int, int]:
-    columns = min(3, panels)
-    return -(-panels // columns), columns
