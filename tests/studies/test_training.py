@@ -206,6 +206,8 @@ RUNS = {  # folder of docs/results -> the second method that its table compares 
     "training/rates": "grpo",
     "training/tuned": "grpo",
     "off_policy": "vanilla",
+    "off_policy/wide": "gspo_clip0.004",
+    "off_policy/long": "kpo",
 }
 DIFFERENCE = r"[+-]0\.\d{3} ± 0\.\d{3}"
 ROLLOUTS = r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)"
