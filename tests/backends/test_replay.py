@@ -1,4 +1,5 @@
 import time
+import uuid
 
 import pytest
 import ray
@@ -25,13 +26,18 @@ class Server:
         return True
 
 
-@pytest.fixture
-def servers():
+@pytest.fixture(scope="module")
+def local_ray():
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    started = [Server.options(name=f"server_{i}").remote() for i in range(2)]
-    ray.get([server.ready.remote() for server in started])
-    yield started
+    yield
     ray.shutdown()
+
+
+@pytest.fixture
+def servers(local_ray):
+    started = [Server.options(name=f"{uuid.uuid4().hex}_server_{i}").remote() for i in range(2)]
+    ray.get([server.ready.remote() for server in started])
+    return started
 
 
 @pytest.mark.parametrize(
@@ -51,7 +57,7 @@ def test_a_lost_actor_is_named_while_verl_waits(servers, monkeypatch, cls, verls
     monkeypatch.setattr(verls, waiting, wait_for_ever)
     watched = buffer(cls, mode)
     watched._look_for_lost_actors()
-    with pytest.raises(RuntimeError, match="lost while waiting for rollouts: server_1"):
+    with pytest.raises(RuntimeError, match="lost while waiting for rollouts: [0-9a-f]+_server_1"):
         watched.sample(1, "train", 8)
 
 
