@@ -79,7 +79,6 @@ METHODS = {
     "kpo_unclipped": _kpo(process_var=1e-4, clip=False),
     "kpo_steady": _kpo(gain="steady"),
     "kpo_measured": _kpo(measurement_var="batch"),
-    "kpo_measured_clip0.004": _kpo(4e-3, 4e-3, measurement_var="batch"),
     "kpo_innovation_clip": _kpo(measurement_var="batch", innovation_clip=3.0),
 }
 METHODS |= {
