@@ -1,11 +1,13 @@
-"""Rows and groups: which rows of a batch answer the same prompt, and in which order they are filtered.
+"""Rows and groups: which rows of a batch answer the same prompt, in which order they are filtered, and group statistics.
 
 A batch is flat: row k holds one response, its prompt id is `prompts[k]`, and the rows of a prompt may lie anywhere. The
 filter wants (groups, members). `Groups` goes from one to the other and back; beside the
 memory, which knows prompts from step to step, nothing else reads prompt ids.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -85,6 +87,58 @@ def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) 
 
     device = counted.device
     return Groups(labels, torch.from_numpy(rows).to(device), torch.from_numpy(mask).to(device), len(counted))
+
+
+def moments(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of values (groups, width) the weighted means and the weighted sums of squares around them, (groups,).
+
+    weights: (groups, width), 0 where there is no member. A group without weight has mean and squares 0.
+    """
+    total = weights.sum(dim=1)
+    means = torch.where(total > 0, (weights * values).sum(dim=1) / total, 0.0)
+    return means, (weights * (values - means[:, None]).square()).sum(dim=1)
+
+
+def sum_of_others(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """For every entry along `dim` the sum of the others, without subtracting: nothing cancels, zeros stay zero."""
+    none = torch.zeros_like(values.narrow(dim, 0, min(1, values.shape[dim])))
+    before = torch.cat([none, values.cumsum(dim)], dim).narrow(dim, 0, values.shape[dim])
+    after = torch.cat([none, values.flip(dim).cumsum(dim)], dim).narrow(dim, 0, values.shape[dim]).flip(dim)
+    return before + after
+
+
+class Variation(NamedTuple):
+    """One-way analysis of variance of groups whose members have the noise R / w and whose means vary by P0.
+
+    With weights w, W_g the sum of a group's, W of all, n_g its members with w > 0, and weighted means:
+
+        E within  = within_degrees R                       sum w (r - mean_g)^2,          sum (n_g - 1)
+        E between = between_degrees R + spread P0          sum W_g (mean_g - mean)^2,     groups - 1,   W - sum W_g^2 / W
+    """
+
+    within: torch.Tensor
+    within_degrees: torch.Tensor
+    between: torch.Tensor
+    between_degrees: torch.Tensor
+    spread: torch.Tensor
+
+
+def variation(values: torch.Tensor, weights: torch.Tensor, over: Callable[[torch.Tensor], torch.Tensor]) -> Variation:
+    """Sums `over` all groups (torch.sum) or, for every group, over the others (sum_of_others).
+
+    values, weights: (groups, width); squares do not cancel where values are small beside their spread.
+    """
+    means, squares = moments(values, weights)
+    members, weight = (weights > 0).sum(dim=1).double(), weights.sum(dim=1)
+    total = over(weight)
+    shift = over(weight * means) / torch.where(total > 0, total, 1.0)  # their mean
+    return Variation(
+        over(squares),
+        over((members - 1).clamp(min=0)),
+        over(weight * means.square()) - total * shift.square(),
+        over((members > 0).double()) - 1,
+        total - over(weight.square()) / torch.where(total > 0, total, 1.0),
+    )
 
 
 def _hash(labels: np.ndarray) -> np.ndarray:
