@@ -58,34 +58,34 @@ def count_sessions_once(compute: Callable, *args: Any, **kwargs: Any) -> Any:
 
 def begin_memory(load_checkpoint: Callable, trainer: Any) -> Any:
     """A trainer that resumes remembers its prompts."""
-    from verl_krpo.plugin import identity
+    from verl_krpo.plugin import prompt_memory
 
     loaded = load_checkpoint(trainer)
-    identity.begin(trainer)
+    prompt_memory.begin(trainer)
     return loaded
 
 
 def save_memory(save_checkpoint: Callable, trainer: Any) -> Any:
     """A checkpoint holds the memory of the prompts."""
-    from verl_krpo.plugin import identity
+    from verl_krpo.plugin import prompt_memory
 
-    identity.save(trainer)
+    prompt_memory.save(trainer)
     return save_checkpoint(trainer)
 
 
 def name_queued_prompts(compute_advantage: Callable, trainer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """The V1 trainer's rows, in its queue, know their prompts."""
-    from verl_krpo.plugin import identity
+    from verl_krpo.plugin import prompt_memory
 
-    identity.read_queue(trainer, batch)
+    prompt_memory.read_queue(trainer, batch)
     return compute_advantage(trainer, batch, *args, **kwargs)
 
 
 def name_prompts(compute_advantage: Callable, data: Any, *args: Any, **kwargs: Any) -> Any:
     """The legacy trainer's rows know their prompts."""
-    from verl_krpo.plugin import identity
+    from verl_krpo.plugin import prompt_memory
 
-    identity.read_batch(data)
+    prompt_memory.read_batch(data)
     return compute_advantage(data, *args, **kwargs)
 
 
@@ -193,7 +193,7 @@ HOOKS = (
             around,
             why="krpo's memory knows a prompt in another epoch and lasts as long as the checkpoints",
             until="verl tells estimators which prompt a row answers, and lets plugins save and load",
-            needed=False,  # only a job with a memory needs it: identity.py notices
+            needed=False,  # only a job with a memory needs it: prompt_memory.py notices
         )
         for module, name, around in (
             ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._load_checkpoint", begin_memory),

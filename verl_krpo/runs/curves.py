@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_krpo.runs import figure, log
+from verl_krpo.report import figure
+from verl_krpo.runs import log
 from verl_krpo.runs.log import ACCURACY, REWARD, SECONDS, Series
 
 WINDOW = 10
@@ -163,7 +164,7 @@ def table_of_differences(runs: Sequence[Run], against: str, console=None) -> Non
     """
     from rich.console import Console
 
-    from verl_krpo.runs.paired import differences
+    from verl_krpo.report.paired import differences
 
     def cells(_: int, mean: float, difference: float, half: float) -> list[str]:
         interval = "" if math.isnan(half) else f" ±{half:.3f}"

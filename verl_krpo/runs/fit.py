@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from verl_krpo.report.intervals import half_width
 from verl_krpo.runs.log import Series
-from verl_krpo.runs.seeds import half_width
 
 FEWEST = 5  # points after the first, for three unknowns
 
