@@ -1,7 +1,7 @@
 """verl on a machine without a GPU: `VERL_PLATFORM=cpu`.
 
 Three things make verl's trainers run there, V1 and the legacy one: a platform that answers verl's questions about the
-device (`CpuPlatform`), three repairs of calls that take a GPU for granted (plugin/hooks.py), and the settings a CPU run
+device (`CpuPlatform`), three repairs of calls that take a GPU for granted (hooks.py), and the settings a CPU run
 needs (`prepare`, on the driver, before Ray starts). Ray has no word for a CPU rank, so a rank holds a *logical* GPU:
 `n_gpus_per_node` counts ranks.
 """

@@ -57,10 +57,11 @@ def verdict(answer: dict[str, Any], place: str, code: int | None = None) -> Find
 
 def hooks() -> list[Finding]:
     """What is changed in verl at run time: whether each is in force, why, and until when."""
-    from verl_krpo.plugin.hooks import HOOKS
+    from verl_krpo.backends import hooks as backend_hooks
+    from verl_krpo.plugin import hooks as plugin_hooks
 
     findings = []
-    for hook in HOOKS:
+    for hook in (*plugin_hooks.HOOKS, *backend_hooks.HOOKS):
         if hook.cpu and not on_cpu():
             continue
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), contextlib.suppress(Exception):

@@ -14,7 +14,7 @@ from typing import Any
 
 from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.config import KRPO_AT, PRESETS, Memory, krpo_settings
-from verl_krpo.plugin import hooks
+from verl_krpo.hook import marked
 
 FILE = "krpo_memory.npz"
 FIELDS = ("raw_prompt", "data_source", "extra_info")
@@ -98,7 +98,7 @@ def begin(trainer: Any) -> None:
     global _run
     if not remembers(trainer.config):
         return
-    if not hooks.marked(type(trainer)._save_checkpoint):
+    if not marked(type(trainer)._save_checkpoint):
         raise RuntimeError(
             f"{KRPO_AT}.memory=prompt: {type(trainer).__name__} has a way of its own to save checkpoints, which would "
             "be without the memory. Use verl 0.9.1's V1 trainer or its legacy one, or memory=none"

@@ -18,7 +18,7 @@ from verl_krpo.lab.train.conditions import NOISES, Condition
 from verl_krpo.lab.train.methods import METHODS, Batch
 from verl_krpo.runs import curves
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

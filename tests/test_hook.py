@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from verl_krpo import versions
-from verl_krpo.plugin import hooks
+from verl_krpo.backends import hooks as backend_hooks
+from verl_krpo.plugin import hooks as plugin_hooks
 
-FREE = [hook for hook in hooks.HOOKS if not hook.cpu and "vllm" not in hook.module]
+HOOKS = (*plugin_hooks.HOOKS, *backend_hooks.HOOKS)
+FREE = [hook for hook in HOOKS if not hook.cpu and "vllm" not in hook.module]
 no_vllm = pytest.mark.skipif(versions.installed("vllm") is None, reason="vLLM is not installed")
 
 
@@ -43,7 +45,7 @@ def place(hook):
 
 @pytest.mark.parametrize(
     "hook",
-    [pytest.param(hook, marks=no_vllm if "vllm_rollout" in hook.module else (), id=hook.name) for hook in hooks.HOOKS],
+    [pytest.param(hook, marks=no_vllm if "vllm_rollout" in hook.module else (), id=hook.name) for hook in HOOKS],
 )
 def test_once_and_beside_a_foreign_decorator(hook, monkeypatch):
     module, owner, name = place(hook)
@@ -77,7 +79,7 @@ def decorated(request, monkeypatch):
     """decorated(name) -> a foreign decorator put under or over the hook that this process has in force."""
 
     def decorate(name):
-        (hook,) = [hook for hook in hooks.HOOKS if hook.name == name]
+        (hook,) = [hook for hook in HOOKS if hook.name == name]
         module, owner, attribute = place(hook)
         ours, foreign = getattr(owner, attribute), Foreign()
         monkeypatch.setattr(owner, attribute, foreign(ours.__wrapped__ if request.param == "under" else ours))
@@ -133,8 +135,9 @@ def test_they_wait_for_their_modules():
     code = """
 import importlib
 import verl
-from verl_krpo.plugin import hooks
-free = [hook for hook in hooks.HOOKS if not hook.cpu and "vllm" not in hook.module]
+from verl_krpo.backends import hooks as backend_hooks
+from verl_krpo.plugin import hooks as plugin_hooks
+free = [hook for hook in (*plugin_hooks.HOOKS, *backend_hooks.HOOKS) if not hook.cpu and "vllm" not in hook.module]
 print({hook.state() for hook in free if hook.module == "verl.utils.config"}, {hook.state() for hook in free[1:]})
 for hook in free:
     importlib.import_module(hook.module)
