@@ -160,9 +160,6 @@ def curves(
     out: Annotated[
         Path | None, typer.Option("--out", help="The figure, without ending; `reward` beside the first log.")
     ] = None,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Also a saturating curve through the accuracy: ceiling, speed, midpoint.")
-    ] = False,
     against: Annotated[
         str | None, typer.Option("--against", metavar="METHOD", help="Also differences to a method, paired by seed.")
     ] = None,
@@ -170,7 +167,7 @@ def curves(
     """What runs have learned: held-out accuracy before and after, reward, seconds a step, and the reward curve."""
     from verl_krpo.runs.curves import show
 
-    show(runs, out, fitted=fit, against=against)
+    show(runs, out, against=against)
 
 
 @app.command()

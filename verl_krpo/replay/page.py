@@ -92,13 +92,6 @@ def facts(run: Replay) -> list[tuple[str, str]]:
     if nis < 0.5:
         verdict = "too large: rewards vary less than Q, R and the prior say"
     rows.append(("NIS", f"{number(nis)} (1 is right; the noise is {verdict})" if nis == nis else "not defined"))
-    if run.fit is None:
-        rows.append(("fitted", "no group has a spread: nothing to fit"))
-    else:
-        fit = run.fit
-        values = f"Q={number(fit.process_var)} R={number(fit.measurement_var)}"
-        prior = f"m0={number(fit.init_mean)} P0={number(fit.init_var)}"
-        rows.append(("fitted", f"{values} {prior} (log-likelihood +{number(fit.gain_per_reward)} a reward)"))
     if run.reading.by_text:
         text = "rows have no uid: grouped by prompt text, so a prompt drawn twice in a step is one group"
         rows.append(("grouping", text))

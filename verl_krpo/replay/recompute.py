@@ -12,7 +12,6 @@ The rewards of every step go through krpo itself (the published settings, or tho
                    variance of the policy gradient at equal expected length, if the score function is independent of
                    the reward's deviation; of two baselines b that leave the own reward out, the ratio of E(r - b)^2
     nis            mean of (r_i - x_{i|i-1})^2 / (P_{i|i-1} + R): 1 where Q, R and the prior fit
-    fitted         Q, R, m0, P0 of maximum likelihood, members in the order in which krpo filters them
 
 No reward is drawn anew. E[A^2] and E[A r] are means of what is there. m is not known, but E[A m] = E[A E(m | rewards)],
 and for A linear in the rewards the best linear estimate serves in the place of the conditional mean, whatever the law:
@@ -24,8 +23,7 @@ up to zero (grpo, rloo) m drops out. What krpo_memory has learned of a prompt te
 there m is not estimated; but its baseline leaves the own reward out, and E[A (r - m)] is E[(r - m)^2 / scale] whatever
 that baseline is: the group's variance over the scale.
 
-Memory does not grow with the files: a step is held at a time, sums over steps, a sample of groups for the fit, and 32
-bytes a prompt for krpo_memory.
+Memory does not grow with the files: a step is held at a time, sums over steps, and 32 bytes a prompt for krpo_memory.
 """
 
 import math
@@ -39,9 +37,8 @@ import torch
 from verl_krpo.advantage.groups import Groups, group
 from verl_krpo.advantage.krpo import Estimate, krpo
 from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.advantage.shrinkage import group_moments, prior_of
-from verl_krpo.config import ADAPTIVE, KRPO_AT, MEMORY, Baseline, KrpoConfig, Order, Scale, read
-from verl_krpo.kalman import LocalLevel, innovations, log_likelihood
+from verl_krpo.advantage.shrinkage import group_moments
+from verl_krpo.config import ADAPTIVE, KRPO_AT, MEMORY, Baseline, KrpoConfig, Scale, read
 from verl_krpo.plugin import metrics
 from verl_krpo.replay import rollouts
 
@@ -49,7 +46,6 @@ JSPO = KrpoConfig(baseline=Baseline.jspo, scale=Scale.none)
 METHODS = ("grpo", "rloo", "krpo", "jspo", "krpo_adaptive", "krpo_memory")
 ORDERS = 8  # random orders of a step's rows
 RESAMPLES = 1000  # of steps, for intervals
-KEPT_GROUPS = 2000  # sample for the fit
 GRPO_EPSILON = 1e-6  # verl's
 PLACES = 64  # places in a group whose mean |A| is kept
 EDGES = np.concatenate([[-np.inf], np.linspace(-6, 6, 121), [np.inf]])  # of A in units of std(A) of its step
@@ -94,17 +90,6 @@ class Totals:
 
 
 @dataclass
-class Fit:
-    """Q, R, m0 and P0 of maximum likelihood, and how much likelier a reward is under them than under krpo's own."""
-
-    process_var: float
-    measurement_var: float
-    init_mean: float
-    init_var: float
-    gain_per_reward: float
-
-
-@dataclass
 class Replay:
     """A run read back. per_step: one dict of numbers a step; totals: method -> Totals."""
 
@@ -123,7 +108,6 @@ class Replay:
     rewards: list = field(default_factory=lambda: [0, 0.0, 0.0])  # count, sum, sum of squares
     binary: bool = True  # every reward is 0 or 1
     nis: list = field(default_factory=lambda: [0.0, 0])
-    fit: Fit | None = None
     memory: PromptMemory = field(default_factory=PromptMemory)
     named: bool = True  # every row has told its prompt's text
 
@@ -189,16 +173,13 @@ def replay(
     settings = settings or KrpoConfig()
     reading = rollouts.Reading()
     result = Replay(str(where), settings, reading)
-    sample = _Sample()
     rng = np.random.default_rng(0)
     with torch.no_grad():
         for step in rollouts.steps(where, reading, advance):
             add(result, step, rng)
-            sample.add(step)
         if not result.per_step:
             named = "".join(f"\n  {example}" for example in reading.examples)
             raise ValueError(f"{where} holds no rollouts that can be read ({reading.damaged} lines are damaged){named}")
-        result.fit = fit(sample.matrix(), settings)
     return result
 
 
@@ -315,85 +296,6 @@ def _order_variance(method: str, rewards: torch.Tensor, prompts: np.ndarray, set
 def _places(groups: Groups) -> np.ndarray:
     """Place in its group of every member, the last counted ones together."""
     return np.minimum(groups.mask.nonzero()[:, 1].numpy(), PLACES - 1)
-
-
-class _Sample:
-    """A uniform sample of KEPT_GROUPS groups of a stream (Vitter 1985), their rewards in krpo's own order."""
-
-    def __init__(self) -> None:
-        self.kept: list[np.ndarray] = []
-        self.offered = 0
-        self.rng = np.random.default_rng(0)
-
-    def add(self, step: rollouts.Step) -> None:
-        rewards = torch.from_numpy(step.rewards)
-        groups = group(step.prompts, torch.ones(len(rewards), dtype=torch.bool), Order.shuffled)
-        for values, size in zip(groups.gather(rewards).numpy(), groups.sizes.tolist(), strict=True):
-            self.offered += 1
-            if len(self.kept) < KEPT_GROUPS:
-                self.kept.append(values[:size].copy())
-            elif (at := self.rng.integers(self.offered)) < KEPT_GROUPS:
-                self.kept[at] = values[:size].copy()
-
-    def matrix(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rewards (groups, width) and mask."""
-        sizes = np.array([len(values) for values in self.kept])
-        mask = np.arange(sizes.max()) < sizes[:, None]
-        matrix = np.zeros(mask.shape)
-        matrix[mask] = np.concatenate(self.kept)
-        return torch.from_numpy(matrix), torch.from_numpy(mask)
-
-
-def fit(sample: tuple[torch.Tensor, torch.Tensor], settings: KrpoConfig) -> Fit | None:
-    """Q, R, m0, P0 of maximum likelihood over groups (groups, width), mask; None where no group has a spread.
-
-    For given q = Q/R and p = P0/R the innovations are linear in m0, and m0 and R follow in closed form (the
-    concentrated likelihood: Harvey 1989, section 3.4); q and p are searched on a grid that is refined twice.
-    """
-    values, mask = sample
-    count = int(mask.sum())
-    spread = torch.where(mask, (values - values[:, :1]).abs(), 0.0).amax(dim=1)
-    if not (spread > 0).any():
-        return None
-
-    def concentrated(q: float, p: float) -> tuple[float, float, float]:
-        model = LocalLevel(q, 1.0, 0.0, p)
-        error, var = innovations(values, mask, model)
-        unit, _ = innovations(torch.ones_like(values), mask, model)
-        error, unit, var = error[mask], unit[mask], var[mask]
-        mean = ((error * unit / var).sum() / (unit.square() / var).sum()).item()
-        scale = ((error - mean * unit).square() / var).mean().item()
-        likelihood = -0.5 * (count * (math.log(2 * math.pi * scale) + 1) + var.log().sum().item())
-        return likelihood, mean, scale
-
-    qs = [0.0, *np.logspace(-6, 1, 15)]
-    ps = [0.0, *np.logspace(-3, 3, 13)]
-    for _ in range(3):
-        tried = {(q, p): concentrated(q, p) for q in qs for p in ps}
-        q, p = max(tried, key=lambda at: tried[at][0])
-        qs, ps = _around(qs, q), _around(ps, p)
-    likelihood, mean, scale = tried[q, p]
-
-    prior = prior_of(values, _as_groups(mask), settings)
-    model = LocalLevel(settings.process_var, prior.measurement_var, prior.init_mean, prior.init_var)
-    ours = log_likelihood(values, mask, model)
-    return Fit(float(q * scale), scale, mean, float(p * scale), (likelihood - ours.sum().item()) / count)
-
-
-def _around(grid: list[float], best: float) -> list[float]:
-    """A finer grid between the neighbors of `best`; 0 stays in it where it is one of them."""
-    at = grid.index(best)
-    low, high = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
-    if high == 0:
-        return [0.0]
-    if low == 0:
-        return [0.0, *np.logspace(math.log10(high) - 1, math.log10(high), 8)]
-    return list(np.unique([best, *np.geomspace(low, high, 8)]))
-
-
-def _as_groups(mask: torch.Tensor) -> Groups:
-    labels = np.repeat(np.arange(len(mask)), mask.sum(dim=1).numpy())
-    return group(labels, torch.ones(len(labels), dtype=torch.bool))
 
 
 def settings_from(assignments: list[str]) -> KrpoConfig:
