@@ -18,7 +18,7 @@ import torch
 from verl_krpo import krpo
 from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.config import MEMORY
-from verl_krpo.plugin.identity import FILE, prompt_id
+from verl_krpo.plugin.prompt_memory import FILE, prompt_id
 from verl_krpo.runs import log
 
 pytestmark = pytest.mark.e2e
@@ -181,7 +181,7 @@ def test_a_lost_trainer_rank_ends_the_job_with_a_reason(start, tmp_path):
 def test_a_llama_trains_on_two_ranks(start, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from verl_krpo.backends import tiny_model
+    from verl_krpo import tiny_model
 
     tokenizer = tiny_model.tokenizer()
     ends = {"bos_token_id": None, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.plugin.identity import FILE
+from verl_krpo.plugin.prompt_memory import FILE
 
 pytestmark = pytest.mark.e2e
 

@@ -13,7 +13,7 @@ from typing import Any
 from verl_krpo.backends import on_cpu
 from verl_krpo.doctor import probe
 from verl_krpo.doctor.finding import NOT_IN_WORKER, Finding
-from verl_krpo.doctor.plugin import verdict
+from verl_krpo.doctor.installation import verdict
 
 JOIN_SECONDS, NODE_SECONDS, RAY_SECONDS = 60, 180, 240
 START = "bash scripts/ray_head.sh on one node, bash scripts/ray_worker.sh HEAD_IP on the others; RAY_ADDRESS=auto"

@@ -8,8 +8,8 @@ from omegaconf import DictConfig
 
 from verl_krpo.doctor import data, machine, model, nodes, probe
 from verl_krpo.doctor.finding import MISSING, Finding, exit_status, missing
+from verl_krpo.doctor.installation import verdict
 from verl_krpo.doctor.job import compose, reason
-from verl_krpo.doctor.plugin import verdict
 
 
 def examine(overrides: list[str], prepares_data: bool = False) -> list[Finding]:

@@ -6,7 +6,7 @@ import torch
 
 from verl_krpo.advantage.krpo import krpo
 from verl_krpo.config import Memory, krpo_settings
-from verl_krpo.plugin import identity, metrics, sessions
+from verl_krpo.plugin import metrics, prompt_memory, sessions
 
 
 def compute_advantage(
@@ -35,7 +35,7 @@ def compute_advantage(
         if settings.memory == Memory.none:
             estimate = krpo(rewards, index, settings, counted=mask.any(dim=-1))
         else:
-            run = identity.run()
+            run = prompt_memory.run()
             estimate = krpo(rewards, run.prompts(index), settings, mask.any(dim=-1), run.memory, run.step)
             assert estimate.memory is not None  # where one goes in, one comes out
             run.memory = estimate.memory

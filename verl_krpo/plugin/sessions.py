@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from verl_krpo.config import PRESETS
-from verl_krpo.plugin import hooks
+from verl_krpo.hook import marked
 
 PACKAGE = "verl.trainer.ppo.v1"
 TRAINER = "verl.trainer.ppo.v1.trainer_base"
@@ -75,7 +75,7 @@ def check_trainer() -> None:
     trainer = sys.modules.get(TRAINER)
     user = getattr(getattr(trainer, "PPOTrainer", None), "_compute_advantage", None)
     called = FUNCTION in getattr(inspect.unwrap(user).__code__, "co_names", ()) if user else False
-    if not (called and hooks.marked(getattr(trainer, FUNCTION, None))):
+    if not (called and marked(getattr(trainer, FUNCTION, None))):
         raise RuntimeError(
             f"{TRAINER}.PPOTrainer._compute_advantage does not call {FUNCTION}, which krpo extends so that a session "
             "counts once (verl 0.9.1 does). Use verl 0.9.1, or a newer verl-krpo"

@@ -5,7 +5,7 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from verl_krpo.backends.memory import LOWER
+from verl_krpo.backends.ram import LOWER
 from verl_krpo.runs.log import METRICS, REWARD, SECONDS, accuracy, rows
 
 MEMORY = re.compile(r"^memory: .+(?=\n)", re.MULTILINE)  # what the CPU platform says before Ray starts

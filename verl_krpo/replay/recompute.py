@@ -1,0 +1,308 @@
+"""`verl-krpo replay`: the advantages that each estimator would give to rollouts a verl job has written.
+
+The rewards of every step go through krpo itself (the published settings, or those given), krpo_adaptive, krpo_memory
+(from step to step, a prompt known by its text), jspo, and verl's formulas of grpo and rloo. Per step and over all:
+
+    std, max       of the advantages A
+    order          root mean square over the responses of the standard deviation of A under random orders of a step's
+                   rows, over std(A): how much of A is the order of arrival
+    first, last    mean |A| of the first and of the last member of a group
+    no signal      groups whose rewards are all equal, and the mean |A| that they get nevertheless
+    variance       noise per signal, rloo = 1: E[A^2] / E[A (r - m)]^2, m the mean reward of the prompt. It is the
+                   variance of the policy gradient at equal expected length, if the score function is independent of
+                   the reward's deviation; of two baselines b that leave the own reward out, the ratio of E(r - b)^2
+    nis            mean of (r_i - x_{i|i-1})^2 / (P_{i|i-1} + R): 1 where Q, R and the prior fit
+
+No reward is drawn anew. E[A^2] and E[A r] are means of what is there. m is not known, but E[A m] = E[A E(m | rewards)],
+and for A linear in the rewards the best linear estimate serves in the place of the conditional mean, whatever the law:
+
+    m_g = w mean_g + (1 - w) mean of the step's other groups,    w = P0 / (P0 + R / n)
+
+with R and P0, the variance within and between prompts, by moments over all steps. Where the advantages of a group add
+up to zero (grpo, rloo) m drops out. What krpo_memory has learned of a prompt tells of m beyond the rewards at hand, so
+there m is not estimated; but its baseline leaves the own reward out, and E[A (r - m)] is E[(r - m)^2 / scale] whatever
+that baseline is: the group's variance over the scale.
+
+Memory does not grow with the files: a step is held at a time, sums over steps, and 32 bytes a prompt for krpo_memory.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from verl_krpo.advantage.groups import Groups, group
+from verl_krpo.advantage.krpo import Estimate, krpo
+from verl_krpo.advantage.memory import PromptMemory
+from verl_krpo.advantage.shrinkage import group_moments
+from verl_krpo.config import ADAPTIVE, KRPO_AT, MEMORY, Baseline, KrpoConfig, Scale, read
+from verl_krpo.plugin import metrics
+from verl_krpo.replay import rollouts
+
+JSPO = KrpoConfig(baseline=Baseline.jspo, scale=Scale.none)
+METHODS = ("grpo", "rloo", "krpo", "jspo", "krpo_adaptive", "krpo_memory")
+ORDERS = 8  # random orders of a step's rows
+RESAMPLES = 1000  # of steps, for intervals
+GRPO_EPSILON = 1e-6  # verl's
+PLACES = 64  # places in a group whose mean |A| is kept
+EDGES = np.concatenate([[-np.inf], np.linspace(-6, 6, 121), [np.inf]])  # of A in units of std(A) of its step
+
+
+@dataclass
+class Totals:
+    """Sums over the steps for one method."""
+
+    rows: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    largest: float = 0.0
+    order: float = 0.0
+    equal: float = 0.0
+    equal_rows: int = 0
+    by_place: np.ndarray = field(default_factory=lambda: np.zeros(PLACES))
+    ends: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(EDGES) - 1, dtype=np.int64))
+    products: list[np.ndarray] = field(
+        default_factory=list
+    )  # per step (sizes, 4): A^2, A r, A mean_g, A mean of others
+
+    def std(self) -> float:
+        return math.sqrt(max(0.0, self.squares / self.rows - (self.total / self.rows) ** 2)) if self.rows else math.nan
+
+    def add(self, a: torch.Tensor, groups: Groups, equal: torch.Tensor, order: float) -> None:
+        """a (rows,), groups in the method's order, equal (rows,): no signal there, order: variance of A by order."""
+        size, sizes = groups.gather(a.abs()), groups.sizes
+        self.rows += len(a)
+        self.total += a.sum().item()
+        self.squares += a.square().sum().item()
+        self.largest = max(self.largest, a.abs().max().item())
+        self.order += order * len(a)
+        self.equal += a[equal].abs().sum().item()
+        self.equal_rows += int(equal.sum())
+        self.by_place += np.bincount(_places(groups), weights=size[groups.mask].numpy(), minlength=PLACES)
+        last = size.gather(1, (sizes - 1)[:, None])[:, 0]
+        self.ends += [size[sizes > 1, 0].sum().item(), last[sizes > 1].sum().item()]
+        if (spread := a.std(correction=0).item()) > 0:
+            self.histogram += np.histogram((a / spread).numpy(), bins=EDGES)[0]
+
+
+@dataclass
+class Replay:
+    """A run read back. per_step: one dict of numbers a step; totals: method -> Totals."""
+
+    name: str
+    settings: KrpoConfig
+    reading: rollouts.Reading
+    per_step: list[dict] = field(default_factory=list)
+    totals: dict[str, Totals] = field(default_factory=lambda: {method: Totals() for method in METHODS})
+    sizes: list[np.ndarray] = field(default_factory=list)  # per step, the group sizes in it
+    moments: list[np.ndarray] = field(default_factory=list)  # per step: squares and degrees within, then between
+    groups: int = 0
+    singletons: int = 0
+    equal_groups: int = 0
+    multiple_groups: int = 0
+    groups_at: np.ndarray = field(default_factory=lambda: np.zeros(PLACES, dtype=np.int64))
+    rewards: list = field(default_factory=lambda: [0, 0.0, 0.0])  # count, sum, sum of squares
+    binary: bool = True  # every reward is 0 or 1
+    nis: list = field(default_factory=lambda: [0.0, 0])
+    memory: PromptMemory = field(default_factory=PromptMemory)
+    named: bool = True  # every row has told its prompt's text
+
+    def variance(self, method: str) -> float:
+        """Noise per signal, as a multiple of rloo's; NaN where no group has a spread."""
+        return self._variances(method, np.ones((1, len(self.sizes))))[0]
+
+    def interval(self, method: str) -> tuple[float, float] | None:
+        """95 % of `variance`, by resampling the steps; None with fewer than ten."""
+        steps = len(self.sizes)
+        if steps < 10:
+            return None
+        drawn = np.random.default_rng(0).multinomial(steps, np.full(steps, 1 / steps), RESAMPLES)
+        low, high = np.percentile(self._variances(method, drawn), [2.5, 97.5])
+        return float(low), float(high)
+
+    def _variances(self, method: str, weights: np.ndarray) -> np.ndarray:
+        """`variance` under every row of weights (resamples, steps)."""
+        within, degrees, between, groups, between_degrees = np.sum(self.moments, axis=0)
+        if within == 0:
+            return np.full(len(weights), math.nan)
+        noise_var = within / degrees
+        rows = np.array([row["rows"] for row in self.per_step])
+        prior_var = max(0.0, (between - groups * noise_var) / between_degrees) if between_degrees else math.inf
+
+        def noise_per_signal(method: str) -> np.ndarray:
+            sums = []
+            for n, products in zip(self.sizes, self.totals[method].products, strict=True):
+                square, reward, mean, others = products.T
+                w = 1.0 if prior_var == math.inf else prior_var / (prior_var + noise_var / n)
+                sums.append((square.sum(), (reward - w * mean - (1 - w) * others).sum()))
+            square, signal = (weights @ np.array(sums)).T
+            return square * (weights @ rows) / signal**2
+
+        return noise_per_signal(method) / noise_per_signal("rloo")
+
+
+def advantages(method: str, rewards: torch.Tensor, prompts: np.ndarray, settings: KrpoConfig) -> torch.Tensor:
+    """Advantages (rows,) of rewards (rows,) by one of METHODS that has no memory."""
+    if method in ("grpo", "rloo"):
+        return _by_group_mean(method, rewards, group(prompts, torch.ones(len(rewards), dtype=torch.bool)))
+    return krpo(rewards, prompts, {"krpo_adaptive": ADAPTIVE, "jspo": JSPO}.get(method, settings)).advantages()
+
+
+def _by_group_mean(method: str, rewards: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """verl's grpo and rloo, which leave the reward of a group of one as it is. (verl's own would bring 200 MB.)"""
+    values, sizes = groups.gather(rewards), groups.sizes[:, None]
+    deviation = torch.where(groups.mask, values - values[:, :1], 0.0)  # from one of them: equal rewards give exactly 0
+    deviation = torch.where(groups.mask, deviation - deviation.sum(dim=1, keepdim=True) / sizes, 0.0)
+    if method == "rloo":
+        advantage = deviation * sizes / (sizes - 1).clamp(min=1)
+    else:
+        std = (deviation.square().sum(dim=1, keepdim=True) / (sizes - 1).clamp(min=1)).sqrt()
+        advantage = deviation / (std + GRPO_EPSILON)
+        values = values / (1 + GRPO_EPSILON)
+    return groups.scatter(torch.where(sizes > 1, advantage, values))
+
+
+def replay(
+    where: str | Path, settings: KrpoConfig | None = None, advance: Callable[[int], None] = lambda count: None
+) -> Replay:
+    """Read the rollouts at `where` (a folder or a file) under every method; `settings`: those of `krpo`."""
+    settings = settings or KrpoConfig()
+    reading = rollouts.Reading()
+    result = Replay(str(where), settings, reading)
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for step in rollouts.steps(where, reading, advance):
+            add(result, step, rng)
+        if not result.per_step:
+            named = "".join(f"\n  {example}" for example in reading.examples)
+            raise ValueError(f"{where} holds no rollouts that can be read ({reading.damaged} lines are damaged){named}")
+    return result
+
+
+def add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
+    """One step under every method."""
+    rewards = torch.from_numpy(step.rewards)
+    arrived = group(step.prompts, torch.ones(len(rewards), dtype=torch.bool))
+    estimate = krpo(rewards, step.prompts, result.settings)
+    equal = _add_groups(result, rewards, arrived)
+    nis = metrics.scalars(estimate, result.settings).get("krpo/nis", math.nan)
+    if not math.isnan(nis):
+        result.nis[0] += nis * len(rewards)
+        result.nis[1] += len(rewards)
+    row = {"step": step.number, "reward": rewards.mean().item(), "rows": len(rewards), "nis": nis}
+    row["no_signal"] = equal.double().mean().item()
+
+    orders = [rng.permutation(len(rewards)) for _ in range(ORDERS)]
+    of_rows = arrived.scatter(equal[:, None].expand_as(arrived.mask))
+    products = _products(rewards, arrived, result)
+    for method in METHODS:
+        if method == "krpo_memory":
+            remembered = _remember(result, rewards, step)
+            a = remembered.advantages()
+            sums = products(a, _signal(remembered))
+        else:
+            a = advantages(method, rewards, step.prompts, result.settings)
+            sums = products(a)
+        order = 0.0
+        if method == "krpo":  # the others' formulas know no order
+            order = _order_variance(method, rewards, step.prompts, result.settings, orders)
+        result.totals[method].add(a, estimate.groups if method == "krpo" else arrived, of_rows, order)
+        result.totals[method].products.append(sums)
+        spread = a.std(correction=0).item()
+        row[method] = {"std": spread, "order": math.sqrt(order) / spread if spread else 0.0}
+    result.per_step.append(row)
+
+
+def _remember(result: Replay, rewards: torch.Tensor, step: rollouts.Step) -> Estimate:
+    """krpo_memory after all steps before, where a step that goes back counts as the last one.
+
+    Without names no prompt is known again.
+    """
+    result.named &= step.names is not None
+    names = step.prompts if step.names is None else step.names
+    estimate = krpo(rewards, names, MEMORY, memory=result.memory, step=max(step.number, result.memory.step))
+    assert estimate.memory is not None
+    result.memory = estimate.memory
+    return estimate
+
+
+def _signal(estimate: Estimate) -> torch.Tensor:
+    """(rows,) whose sum estimates that of A (r - m): the variance of the own group, or of all, over the scale."""
+    groups, degrees = estimate.groups, estimate.groups.sizes - 1
+    _, squares = group_moments(estimate.rewards - estimate.rewards[:, :1], groups)
+    pooled = squares.sum() / degrees.sum().clamp(min=1)
+    var = torch.where(degrees > 0, squares / degrees.clamp(min=1), pooled)
+    scale = (estimate.baseline_var + estimate.prior.scale_var[:, None]).sqrt()
+    return groups.scatter(var[:, None] / scale)
+
+
+def _add_groups(result: Replay, rewards: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Count the step's groups; (groups,): more than one member and all of one reward."""
+    values, sizes = groups.gather(rewards), groups.sizes
+    equal = ((values == values[:, :1]) | ~groups.mask).all(dim=1) & (sizes > 1)
+    result.groups += len(sizes)
+    result.singletons += int((sizes == 1).sum())
+    result.equal_groups += int(equal.sum())
+    result.multiple_groups += int((sizes > 1).sum())
+    result.groups_at += np.bincount(_places(groups), minlength=PLACES)
+    result.binary &= bool(((rewards == 0) | (rewards == 1)).all())
+    result.rewards[0] += len(rewards)
+    result.rewards[1] += rewards.sum().item()
+    result.rewards[2] += rewards.square().sum().item()
+    return equal
+
+
+def _products(rewards: torch.Tensor, groups: Groups, result: Replay) -> Callable[..., np.ndarray]:
+    """Keep the step's moments; the function that sums A^2, A r, A mean_g, A mean of the other groups by group size.
+
+    Given the signal too, it takes that in the place of A r, and of the other two 0.
+    """
+    values, sizes = groups.gather(rewards), groups.sizes.double()
+    means = values.sum(dim=1) / sizes
+    count = sizes.sum()
+    within = ((values - means[:, None]) * groups.mask).square().sum()
+    between = (sizes * (means - rewards.mean()).square()).sum()
+    degrees = count - sizes.square().sum() / count
+    result.moments.append(np.array([within, count - len(sizes), between, len(sizes) - 1, degrees], dtype=np.float64))
+    others = torch.where(count > sizes, (count * rewards.mean() - sizes * means) / (count - sizes).clamp(min=1), means)
+
+    def rows(value: torch.Tensor) -> np.ndarray:
+        return groups.scatter(value[:, None].expand_as(groups.mask)).numpy()
+
+    present, at = np.unique(rows(sizes), return_inverse=True)
+    result.sizes.append(present)
+    factors = rewards.numpy(), rows(means), rows(others)
+
+    def sums(a: torch.Tensor, signal: torch.Tensor | None = None) -> np.ndarray:
+        a = a.numpy()
+        products = [a * factor for factor in factors] if signal is None else [signal.numpy(), 0 * a, 0 * a]
+        return np.stack([np.bincount(at, weights=product) for product in (a * a, *products)], axis=1)
+
+    return sums
+
+
+def _order_variance(method: str, rewards: torch.Tensor, prompts: np.ndarray, settings: KrpoConfig, orders) -> float:
+    """Mean over the rows of the variance of A under the given orders of the rows."""
+    drawn = torch.empty(len(orders), len(rewards), dtype=torch.float64)
+    for i, order in enumerate(orders):
+        drawn[i, order] = advantages(method, rewards[order], prompts[order], settings)
+    return drawn.var(dim=0, correction=1).mean().item()
+
+
+def _places(groups: Groups) -> np.ndarray:
+    """Place in its group of every member, the last counted ones together."""
+    return np.minimum(groups.mask.nonzero()[:, 1].numpy(), PLACES - 1)
+
+
+def settings_from(assignments: list[str]) -> KrpoConfig:
+    """KrpoConfig from ["process_var=3e-5", ...]; ValueError names a wrong key or value."""
+    from omegaconf import OmegaConf
+
+    wrong = [item for item in assignments if "=" not in item]
+    if wrong:
+        raise ValueError(f"--krpo {wrong[0]}: write KEY=VALUE, for example process_var=3e-5")
+    return read(KrpoConfig, OmegaConf.from_dotlist(assignments), KRPO_AT)
