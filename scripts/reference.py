@@ -2,7 +2,7 @@
 
 python scripts/reference.py
 
-Writes docs/configuration.md (KrpoConfig, KpoConfig) and docs/metrics.md (plugin/metrics.py, kpo._diagnostics); a test
+Writes docs/configuration.md (ESTIMATORS, KpoConfig) and docs/metrics.md (plugin/metrics.py, kpo._diagnostics); a test
 compares them.
 """
 
@@ -12,7 +12,8 @@ import re
 from enum import Enum
 from pathlib import Path
 
-from verl_krpo.config import PRESETS, KpoConfig, KrpoConfig
+from verl_krpo.advantage import ESTIMATORS
+from verl_krpo.config import KpoConfig
 from verl_krpo.plugin import metrics
 from verl_krpo.policy_loss import kpo
 
@@ -21,9 +22,8 @@ PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("configuration.m
 SYMBOL = re.compile(r"\b(?:Q/R|[QR]|[mP]0|kappa|[A-Za-z]_(?:\{[^{}]+\}|\w))(?!\w)(?: >=? 0)?")
 
 
-def keys(presets: dict[str, KrpoConfig] | dict[str, KpoConfig]) -> str:
-    """One row a key: its value in every preset, and its line of the class's `Attributes`."""
-    (cls,) = {type(preset) for preset in presets.values()}
+def keys(cls: type) -> str:
+    """One row a key: its default, and its line of the class's `Attributes`."""
     described = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", inspect.getdoc(cls), re.MULTILINE))
     rows = []
     for field in dataclasses.fields(cls):
@@ -32,8 +32,8 @@ def keys(presets: dict[str, KrpoConfig] | dict[str, KpoConfig]) -> str:
             words = [f"`{word.value}`" for word in type(field.default)]
             explained = all(word in text for word in words if word != "`none`")
             text = text if explained else f"{', '.join(words)}: {text}"
-        rows.append([f"`{field.name}`", *(spelled(getattr(preset, field.name)) for preset in presets.values()), text])
-    return table(["key", *presets, "what it is"], rows)
+        rows.append([f"`{field.name}`", spelled(field.default), text])
+    return table(["key", "default", "what it is"], rows)
 
 
 def glossary(prefix: str, described: object) -> str:
@@ -71,8 +71,8 @@ def maths(text: str) -> str:
 def written(page: str) -> str:
     """The page with its tables as the code has them now."""
     tables = {
-        "KrpoConfig": keys(PRESETS),
-        "KpoConfig": keys({"default": KpoConfig()}),
+        "KpoConfig": keys(KpoConfig),
+        **{estimator.keys.__name__: keys(estimator.keys) for estimator in ESTIMATORS.values()},
         "plugin/metrics.py": glossary("", metrics),
         "kpo._diagnostics": glossary("actor/", kpo._diagnostics),
     }

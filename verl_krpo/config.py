@@ -1,7 +1,7 @@
 """What a user can set: the defaults are the published settings, members shuffled; a wrong value names its key.
 
-All are plain dataclasses. OmegaConf checks keys, types and words, `__post_init__` the ranges. Estimators, by their
-name: ESTIMATORS; `algorithm.<name>.*` are their keys.
+All are plain dataclasses. OmegaConf checks keys, types and words, `__post_init__` the ranges. Which estimator has which
+keys: advantage/__init__.py.
 """
 
 import math
@@ -204,17 +204,6 @@ class KpoConfig:
         _validate(self, KPO_AT, rules, {"gain": Gain})
 
 
-EstimatorConfig = KrpoConfig | AdaptiveConfig | MemoryConfig | JspoConfig
-# By the name of algorithm.adv_estimator, of the config group, and of its node in `algorithm`.
-ESTIMATORS: dict[str, type[EstimatorConfig]] = {
-    "krpo": KrpoConfig,
-    "krpo_adaptive": AdaptiveConfig,
-    "krpo_memory": MemoryConfig,
-    "jspo": JspoConfig,
-}
-# By the name of policy_loss.loss_mode, of the config group, and of its node in `policy_loss`.
-LOSSES = {"kpo": KpoConfig}
-
 Config = TypeVar("Config")
 
 
@@ -233,12 +222,6 @@ def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
         key = f"{at}.{error.full_key}" if error.full_key else at
         known = ", ".join(cls.__dataclass_fields__) or "none"
         raise ValueError(f"{key}: {str(error).splitlines()[0]}{moved(key, values.get(error.full_key))} (keys of {at}: {known})") from error
-
-
-def estimator_settings(name: str, algorithm: Any) -> EstimatorConfig:
-    """The settings of the estimator `name` in verl's `algorithm` node (DictConfig, AlgoConfig, dict or None); ValueError
-    if wrong."""
-    return read(ESTIMATORS[name], None if algorithm is None else algorithm.get(name), f"algorithm.{name}")
 
 
 def moved(key: str, value: Any) -> str:

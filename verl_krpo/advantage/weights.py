@@ -13,6 +13,7 @@ weight, as OPO has it (arXiv 2505.23585), every (1 - pi_t)^2 is 1.
 import torch
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+ROWS = 16  # at a time, which stay in the cache: (1024, 8192) takes 27 ms in place of 165, log_prob.exp().sum() 32
 
 
 def score_weights(log_prob: torch.Tensor, mask: torch.Tensor, loss_agg_mode: str = "token-mean") -> torch.Tensor:
@@ -25,7 +26,12 @@ def score_weights(log_prob: torch.Tensor, mask: torch.Tensor, loss_agg_mode: str
     if log_prob.shape != mask.shape:
         raise ValueError(f"log_prob has shape {tuple(log_prob.shape)}, mask {tuple(mask.shape)}")
     mask = mask.bool()
-    squares = torch.where(mask, log_prob, 0.0).expm1().square().sum(dim=1, dtype=torch.float64)
+    squares = torch.cat(
+        [
+            torch.where(observed, log_probs, 0.0).expm1().square().sum(dim=1, dtype=torch.float64)
+            for log_probs, observed in zip(log_prob.split(ROWS), mask.split(ROWS), strict=True)
+        ]
+    )
     if squares.isnan().any():
         row, token = (log_prob.isnan() & mask).nonzero()[0].tolist()
         raise ValueError(f"log_prob is NaN in row {row}, token {token}, which is observed: no score has such a weight")

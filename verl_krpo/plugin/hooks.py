@@ -18,8 +18,8 @@ def check_job(validate_config: Callable, config: Any, *args: Any, **kwargs: Any)
     from omegaconf import OmegaConf
 
     from verl_krpo import versions
+    from verl_krpo.advantage import ESTIMATORS
     from verl_krpo.backends import weight_sync
-    from verl_krpo.config import PRESETS
     from verl_krpo.plugin import guards
 
     if line := versions.untested():
@@ -34,7 +34,7 @@ def check_job(validate_config: Callable, config: Any, *args: Any, **kwargs: Any)
         hf_rollout.check(config.actor_rollout_ref.rollout)
     guards.check(config)
     loss = OmegaConf.select(config, "actor_rollout_ref.actor.policy_loss.loss_mode")
-    if on_cpu() or config.algorithm.adv_estimator in PRESETS or loss == "kpo":
+    if on_cpu() or config.algorithm.adv_estimator in ESTIMATORS or loss == "kpo":
         weight_sync.watch(config)
     return validate_config(config, *args, **kwargs)
 
@@ -53,11 +53,12 @@ def count_sessions_once(compute: Callable, *args: Any, **kwargs: Any) -> Any:
     return sessions.compute_advantage(compute, *args, **kwargs)
 
 
-def begin_memory(load_checkpoint: Callable, trainer: Any) -> Any:
-    """A trainer that resumes remembers its prompts."""
-    from verl_krpo.plugin import prompt_memory
+def begin(load_checkpoint: Callable, trainer: Any) -> Any:
+    """A trainer that resumes remembers its prompts; how its loss adds tokens up is known."""
+    from verl_krpo.plugin import prompt_memory, scores
 
     loaded = load_checkpoint(trainer)
+    scores.begin(trainer.config)
     prompt_memory.begin(trainer)
     return loaded
 
@@ -78,12 +79,13 @@ def name_queued_prompts(compute_advantage: Callable, trainer: Any, batch: Any, *
     return compute_advantage(trainer, batch, *args, **kwargs)
 
 
-def name_prompts(compute_advantage: Callable, data: Any, *args: Any, **kwargs: Any) -> Any:
-    """The legacy trainer's rows know their prompts."""
-    from verl_krpo.plugin import prompt_memory
+def read_batch(compute_advantage: Callable, data: Any, *args: Any, **kwargs: Any) -> Any:
+    """The estimator finds the log-probs of the batch, and the legacy trainer's rows know their prompts."""
+    from verl_krpo.plugin import prompt_memory, scores
 
     prompt_memory.read_batch(data)
-    return compute_advantage(data, *args, **kwargs)
+    with scores.reading(data):
+        return compute_advantage(data, *args, **kwargs)
 
 
 def refuse_keys_without_group(apply: Callable, overrides: list, config: Any) -> Any:
@@ -117,22 +119,29 @@ HOOKS = (
         until="verl does so for every group estimator, not for grpo alone",
         needed=False,  # the estimator itself notices: sessions.check_trainer
     ),
+    Hook(
+        "verl.trainer.ppo.ray_trainer",
+        "compute_advantage",
+        read_batch,
+        why="score weights know the log-probs, and the legacy trainer's memory the prompts",
+        until="verl passes the batch to estimators",
+        needed=False,  # an estimator with weights or a memory notices
+    ),
     *(
         Hook(
             module,
             name,
             around,
-            why="krpo's memory knows a prompt in another epoch and lasts as long as the checkpoints",
+            why="krpo's memory knows a prompt in another epoch and lasts as long as the checkpoints; weights fit the loss",
             until="verl tells estimators which prompt a row answers, and lets plugins save and load",
-            needed=False,  # only a job with a memory needs it: prompt_memory.py notices
+            needed=False,  # an estimator with weights or a memory notices
         )
         for module, name, around in (
-            ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._load_checkpoint", begin_memory),
+            ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._load_checkpoint", begin),
             ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._save_checkpoint", save_memory),
             ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_advantage", name_queued_prompts),
-            ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer._load_checkpoint", begin_memory),
+            ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer._load_checkpoint", begin),
             ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer._save_checkpoint", save_memory),
-            ("verl.trainer.ppo.ray_trainer", "compute_advantage", name_prompts),
         )
     ),
     Hook(

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.config import KRPO_AT, PRESETS, Memory, krpo_settings
 from verl_krpo.hook import marked
 
+ESTIMATOR = "algorithm.adv_estimator=krpo_memory"
 FILE = "krpo_memory.npz"
 FIELDS = ("raw_prompt", "data_source", "extra_info")
 
@@ -37,8 +37,8 @@ class Run:
         missing = [uid for uid in uids if uid not in self.names]
         if missing:
             raise RuntimeError(
-                f"{KRPO_AT}.memory=prompt does not know which prompt the rows of uid {missing[0]} answer: it reads "
-                "that from verl 0.9.1's V1 trainer and from its legacy one. Use one of these, or memory=none"
+                f"{ESTIMATOR} does not know which prompt the rows of uid {missing[0]} answer: it reads "
+                "that from verl 0.9.1's V1 trainer and from its legacy one. Use one of these, or krpo_adaptive"
             )
         return [self.names[uid] for uid in uids]
 
@@ -50,16 +50,15 @@ def run() -> Run:
     """The run of this process. RuntimeError where no trainer of verl's has begun one."""
     if _run is None:
         raise RuntimeError(
-            f"{KRPO_AT}.memory=prompt needs the step and the checkpoints of verl's trainer, and none has started in "
-            "this process. Use verl 0.9.1's V1 trainer or its legacy one, or memory=none"
+            f"{ESTIMATOR} needs the step and the checkpoints of verl's trainer, and none has started in "
+            "this process. Use verl 0.9.1's V1 trainer or its legacy one, or krpo_adaptive"
         )
     return _run
 
 
 def remembers(config: Any) -> bool:
     """Whether a verl config asks for a memory."""
-    algorithm = config.algorithm
-    return algorithm.adv_estimator in PRESETS and krpo_settings(algorithm).memory == Memory.prompt
+    return config.algorithm.adv_estimator == "krpo_memory"
 
 
 def prompt_id(raw_prompt: Iterable[Mapping], data_source: Any, extra_info: Mapping | None) -> str:
@@ -76,9 +75,9 @@ def prompt_id(raw_prompt: Iterable[Mapping], data_source: Any, extra_info: Mappi
     ):
         if extra_info.get("index") is None:
             raise ValueError(
-                f"{KRPO_AT}.memory=prompt: a prompt of {data_source} is more than text and has no extra_info.index to "
+                f"{ESTIMATOR}: a prompt of {data_source} is more than text and has no extra_info.index to "
                 f"tell it from others: {str(messages)[:200]}. Number the data set's rows in extra_info.index, or "
-                "use memory=none"
+                "use krpo_adaptive"
             )
         told.append(str(extra_info["index"]))
     text = json.dumps([*told, [(role, _text(content)) for role, content in messages]])
@@ -100,8 +99,8 @@ def begin(trainer: Any) -> None:
         return
     if not marked(type(trainer)._save_checkpoint):
         raise RuntimeError(
-            f"{KRPO_AT}.memory=prompt: {type(trainer).__name__} has a way of its own to save checkpoints, which would "
-            "be without the memory. Use verl 0.9.1's V1 trainer or its legacy one, or memory=none"
+            f"{ESTIMATOR}: {type(trainer).__name__} has a way of its own to save checkpoints, which would "
+            "be without the memory. Use verl 0.9.1's V1 trainer or its legacy one, or krpo_adaptive"
         )
     _run = Run(trainer, PromptMemory())
     if not _run.step:
