@@ -7,7 +7,7 @@ their weighted mean towards the prior mean:
 
     b    m0 + sum_others w (r - m0) / (R / P0 + sum_others w)        V    R / (R / P0 + sum_others w)
 
-    A    (r - b) / (sqrt(V + R) + eps)        scale=model, R here of the whole batch, see below
+    A    (r - b) / (sqrt(V + R) + eps)        scale=model, R here of the whole batch and without weights, see below
          r - b                                scale=none
 
 With w = 1 that is the baseline that errs least, E (r - b)^2. What trains is the gradient, and its variance falls with
@@ -24,15 +24,15 @@ nor the weight of the response it is subtracted from. With sums over the other g
     P0   max(0, (between - between_degrees R) / spread)
 
 What divides needs no such independence, must not be small just because this group's rewards are the first that differ
-(one success in a batch would count a hundredfold), and should fluctuate little from batch to batch. So the scale takes
-R over all groups, this one included, as if SCALE_REWARDS more rewards had been observed that vary as all of the batch
-do:
+(one success in a batch would count a hundredfold), and should fluctuate little from batch to batch, nor grow as the
+policy becomes certain. So the scale takes R over all groups, this one included, without weights, and as if
+SCALE_REWARDS more rewards had been observed that vary as all of the batch do:
 
     (within + SCALE_REWARDS var(r)) / (within_degrees + SCALE_REWARDS)
 
 Where there is nothing to estimate from:
 
-    R    is 1e-2, the published value, if no other group has a spread
+    R    is 1e-2, the published value, of a reward that has the mean weight of the others, if no other group has a spread
     P0   is inf, nothing to draw towards, with fewer than two other groups: b is the weighted mean of the others, with
          equal weights RLOO's
     A    is 0 where a response has neither other members nor a prior to be compared with
@@ -79,10 +79,12 @@ def prior(seen: Observed) -> LocalLevel:
     # From the mean of all groups on, which is their first reward where all are equal: exact zeros then.
     grand = values[0, 0] + _mean(values - values[0, 0], weights)
     others = variation(values - grand, weights, sum_of_others)
-    measurement_var = noise_var(others.within, others.within_degrees)
+    weight, members = weights.sum(dim=1), (weights > 0).sum(dim=1).double()
+    unit = sum_of_others(weight) / sum_of_others(members).clamp(min=1)  # mean weight: no baseline reads its own
+    measurement_var = noise_var(others.within, others.within_degrees, torch.where(unit > 0, unit, 1.0))
     init_var = prior_var(others, measurement_var)
     init_var = torch.where(others.between_degrees < 1, torch.inf, init_var)
-    weight, total = weights.sum(dim=1), (weights * (values - grand)).sum(dim=1)
+    total = (weights * (values - grand)).sum(dim=1)
     init_mean = grand + sum_of_others(total) / sum_of_others(weight).clamp(min=torch.finfo(total.dtype).tiny)
     return LocalLevel(0.0, measurement_var, init_mean, init_var)
 
@@ -99,22 +101,22 @@ def estimate(seen: Observed, model: LocalLevel, settings: AdaptiveConfig) -> Est
     error = torch.where(known, deviations - mean, 0.0)
     batch_var = scale_var(seen)
     scale = (var + batch_var).sqrt() + EPSILON if settings.scale == AdaptiveScale.model else 1.0
-    return Estimate(*seen, model, float(batch_var), init_mean + mean, var, error / scale)
+    return Estimate(*seen[:3], model, float(batch_var), init_mean + mean, var, error / scale)
 
 
 def scale_var(seen: Observed) -> torch.Tensor:
-    """R of the whole batch, as it enters the scale."""
+    """R of the whole batch without weights, as it enters the scale."""
     if not len(seen.rewards):
         return torch.tensor(PUBLISHED_MEASUREMENT_VAR)
-    found = variation(seen.rewards - seen.rewards[0, 0], seen.weights, torch.sum)
+    found = variation(seen.rewards - seen.rewards[0, 0], seen.groups.mask.double(), torch.sum)
     degrees = found.within_degrees + found.between_degrees
     var = (found.within + found.between) / degrees.clamp(min=1)
     return noise_var(found.within + SCALE_REWARDS * var, found.within_degrees + SCALE_REWARDS)
 
 
-def noise_var(squares: torch.Tensor, degrees: torch.Tensor) -> torch.Tensor:
-    """R, the published one where no rewards of a group differ."""
-    return torch.where(squares > 0, squares / degrees.clamp(min=1), PUBLISHED_MEASUREMENT_VAR)
+def noise_var(squares: torch.Tensor, degrees: torch.Tensor, unit: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """R, the published one at a weight of `unit` where no rewards of a group differ."""
+    return torch.where(squares > 0, squares / degrees.clamp(min=1), PUBLISHED_MEASUREMENT_VAR * unit)
 
 
 def prior_var(found: Variation, measurement_var: torch.Tensor) -> torch.Tensor:

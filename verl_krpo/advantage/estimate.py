@@ -15,11 +15,13 @@ class Observed(NamedTuple):
 
     Attributes:
         weights: w of the noise R / w that every reward has, in units of their mean; 1 where none are given
+        unit: that mean
     """
 
     groups: Groups
     rewards: torch.Tensor
     weights: torch.Tensor
+    unit: float = 1.0
 
 
 class Estimate(NamedTuple):
@@ -29,7 +31,7 @@ class Estimate(NamedTuple):
         groups: which row is where
         rewards, weights: as observed
         model: Q, R, m0 and P0 that were used, numbers or (groups,)
-        scale_var: R as it enters the scale, a number
+        scale_var: R as it enters the scale, a number (NaN without a model)
         baseline, baseline_var: b and its variance V under the model (NaN where there is no model)
         advantage: A = (r - b) / scale
     """
@@ -64,25 +66,26 @@ def observe(
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
     groups = group(prompts, counted, order)
-    values = groups.gather(_checked("rewards", rewards, rewards.isfinite(), groups, "make the reward function return"))
+    _require("rewards", rewards, rewards.isfinite(), groups, "are not finite", "make the reward function return finite numbers")
+    values = groups.gather(rewards)
     if weights is None:
         return Observed(groups, values, groups.mask.double())
     weights = torch.as_tensor(weights, dtype=torch.float64)
     if weights.shape != rewards.shape:
         raise ValueError(f"weights have shape {tuple(weights.shape)}, rewards {tuple(rewards.shape)}: one a row")
     valid = weights.isfinite() & (weights >= 0)
-    members = groups.gather(_checked("weights", weights, valid, groups, "weights >= 0 must be"))
-    mean = members.sum() / max(1, len(groups.rows))
-    return Observed(groups, values, members / mean if mean > 0 else groups.mask.double())
+    _require("weights", weights, valid, groups, "are not finite and >= 0", "look at the log-probs that they are made of")
+    members = groups.gather(weights)
+    unit = members.sum().item() / max(1, len(groups.rows))
+    return Observed(groups, values, members / unit, unit) if unit else Observed(groups, values, groups.mask.double())
 
 
-def _checked(name: str, values: torch.Tensor, valid: torch.Tensor, groups: Groups, way_out: str) -> torch.Tensor:
-    """values; ValueError where a counted one is not valid."""
+def _require(name: str, values: torch.Tensor, valid: torch.Tensor, groups: Groups, what: str, way_out: str) -> None:
+    """ValueError where a counted value is not valid."""
     wrong = (~valid[groups.rows]).nonzero().flatten()[:8]
     if len(wrong):
         rows = groups.rows[wrong]
         raise ValueError(
-            f"krpo got {name} that are not finite: {values[rows].tolist()} in rows {rows.tolist()} of prompts "
-            f"{groups.label_of(wrong)}; {way_out} finite numbers"
+            f"krpo got {name} that {what}: {values[rows].tolist()} in rows {rows.tolist()} of prompts "
+            f"{groups.label_of(wrong)}; {way_out}"
         )
-    return values

@@ -94,9 +94,12 @@ def moments(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, 
 
     weights: (groups, width), 0 where there is no member. A group without weight has mean and squares 0.
     """
-    total = weights.sum(dim=1)
-    means = torch.where(total > 0, (weights * values).sum(dim=1) / total, 0.0)
-    return means, (weights * (values - means[:, None]).square()).sum(dim=1)
+    # From the first member with a weight on: equal values have squares of exactly 0, not of rounding errors.
+    first, total = values.gather(1, (weights > 0).int().argmax(dim=1, keepdim=True)), weights.sum(dim=1)
+    deviations = values - first
+    means = (weights * deviations).sum(dim=1) / torch.where(total > 0, total, 1.0)
+    squares = (weights * (deviations - means[:, None]).square()).sum(dim=1)
+    return torch.where(total > 0, first[:, 0] + means, 0.0), squares
 
 
 def sum_of_others(values: torch.Tensor, dim: int = 0) -> torch.Tensor:

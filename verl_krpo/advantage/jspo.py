@@ -31,7 +31,7 @@ def jspo(
     seen = observe(rewards, prompts, weights, counted)
     baseline = _baseline(seen.rewards, seen.groups)
     unknown = torch.full_like(baseline, torch.nan)
-    return Estimate(*seen, LocalLevel(0.0, 1.0), torch.nan, baseline, unknown, seen.rewards - baseline)
+    return Estimate(*seen[:3], LocalLevel(0.0, 1.0), torch.nan, baseline, unknown, seen.rewards - baseline)
 
 
 def _baseline(values: torch.Tensor, groups: Groups) -> torch.Tensor:

@@ -67,7 +67,7 @@ def krpo(
         mean, var = (x[:, None].expand_as(values) for x in (mean, var))
     advantage = (deviations - mean) / _scale(settings, seen, var)
     model = LocalLevel(settings.process_var, settings.measurement_var, settings.init_mean, settings.init_var)
-    return Estimate(*seen, model, settings.measurement_var, settings.init_mean + mean, var, advantage)
+    return Estimate(*seen[:3], model, settings.measurement_var, settings.init_mean + mean, var, advantage)
 
 
 def _scale(settings: KrpoConfig, seen: Observed, var: torch.Tensor) -> torch.Tensor | float:
@@ -78,9 +78,8 @@ def _scale(settings: KrpoConfig, seen: Observed, var: torch.Tensor) -> torch.Ten
     if settings.scale == Scale.none:
         return 1.0
     if settings.scale == Scale.group_std:
-        # From the first on: exactly 0 where all are equal.
-        groups, values = seen.groups, seen.rewards - seen.rewards[:, :1]
-        _, squares = moments(values, groups.mask.double())
+        groups = seen.groups
+        _, squares = moments(seen.rewards, groups.mask.double())
         std = (squares / (groups.sizes - 1).clamp(min=1)).sqrt() + settings.epsilon
         return torch.where(squares > 0, std, 1.0)[:, None]
     raise NotImplementedError(f"scale={settings.scale}")

@@ -84,6 +84,7 @@ class PromptMemory:
         visited: (prompts,) step of the last visit
         step: of the last observation
         level, weight: L and C
+        unit: the mean weight of the last step's rewards, the unit of those of the next: no baseline reads its own weight
         moments: sums of a groups.Variation over the steps
         evidence: (candidates,) log-likelihood of RATIOS
     """
@@ -95,6 +96,7 @@ class PromptMemory:
     step: int = 0
     level: float = 0.0
     weight: float = 0.0
+    unit: float = 1.0
     moments: np.ndarray = _zeros(np.float64, 5)
     evidence: np.ndarray = _zeros(np.float64, len(RATIOS))
 
@@ -201,7 +203,9 @@ def krpo_memory(
 
 def _visit(memory: PromptMemory, seen: Observed, settings: MemoryConfig, step: int) -> tuple[LocalLevel, PromptMemory]:
     """The prior of every group, and the memory after the step."""
-    labels, values, weights = seen.groups.labels, seen.rewards.cpu(), seen.weights.cpu()
+    labels, values = seen.groups.labels, seen.rewards.cpu()
+    unit = seen.unit / memory.unit if memory.weight else 1.0  # of seen.weights, in that of the memory
+    weights = seen.weights.cpu() * unit
     visits, memory_var = memory.recall(labels, step), settings.memory_var
     # From the level on, at first from a reward on, so that rewards that are all equal give exact zeros.
     level = memory.level if memory.weight else values[0, 0].item()
@@ -219,7 +223,7 @@ def _visit(memory: PromptMemory, seen: Observed, settings: MemoryConfig, step: i
     learned = memory.model(memory_var)
     model = learned or replace(memory, moments=all_moments(squares)).model(memory_var)
     if model is None:
-        return adaptive.prior(seen), replace(memory, moments=all_moments(squares), step=step)
+        return adaptive.prior(seen), replace(memory, moments=all_moments(squares), step=step, unit=seen.unit)
     _, measurement_var, _, init_var = model.numbers()
     deviation, var = visits.predict(memory.ratio(memory_var, init_var), init_var)
     noise = measurement_var / weight  # inf where no weight is
@@ -240,13 +244,14 @@ def _visit(memory: PromptMemory, seen: Observed, settings: MemoryConfig, step: i
         step=step,
         level=float(level + rise),
         weight=float(before + count.sum()),
+        unit=seen.unit,
         moments=all_moments(squares),
         evidence=evidence,
     )
     if not learned:
         return adaptive.prior(seen), after
     mean = level + rise_by_others + deviation
-    return LocalLevel(0.0, measurement_var, mean.to(seen.rewards.device), var.to(seen.rewards.device)), after
+    return LocalLevel(0.0, measurement_var / unit, mean.to(seen.rewards.device), var.to(seen.rewards.device)), after
 
 
 def _log_likelihood(visits: Visits, above_level: torch.Tensor, noise: torch.Tensor, init_var: float) -> torch.Tensor:

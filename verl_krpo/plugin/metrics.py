@@ -132,7 +132,6 @@ def _model(estimate: Estimate, visit: Visit | None, settings: Any) -> dict[str, 
     gain = torch.where(noise_var.isfinite(), 1 - noise_var / var, 0.0)
     last = (groups.sizes - 1)[:, None]
     gain_first, gain_last = torch.cat([gain[:, :1], gain.gather(1, last)], dim=1).mean(dim=0).tolist()
-    var = var - noise_var + estimate.scale_var / weights
     fit, fits = innovation.square() / var, groups.mask & var.isfinite()
     result = {
         "krpo/gain_first": gain_first,
