@@ -41,6 +41,7 @@ from verl_krpo.advantage.shrinkage import group_moments
 from verl_krpo.config import ADAPTIVE, KRPO_AT, MEMORY, Baseline, KrpoConfig, Scale, read
 from verl_krpo.plugin import metrics
 from verl_krpo.replay import rollouts
+from verl_krpo.report.intervals import middle, times_drawn
 
 JSPO = KrpoConfig(baseline=Baseline.jspo, scale=Scale.none)
 METHODS = ("grpo", "rloo", "krpo", "jspo", "krpo_adaptive", "krpo_memory")
@@ -120,9 +121,7 @@ class Replay:
         steps = len(self.sizes)
         if steps < 10:
             return None
-        drawn = np.random.default_rng(0).multinomial(steps, np.full(steps, 1 / steps), RESAMPLES)
-        low, high = np.percentile(self._variances(method, drawn), [2.5, 97.5])
-        return float(low), float(high)
+        return middle(self._variances(method, times_drawn(np.random.default_rng(0), steps, RESAMPLES)))
 
     def _variances(self, method: str, weights: np.ndarray) -> np.ndarray:
         """`variance` under every row of weights (resamples, steps)."""
