@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 10_000
-ENUMERATED = 14  # up to so many non-zero differences every pattern of signs is tried
+ALL_SIGNS_UP_TO = 14  # up to so many non-zero differences every pattern of signs is tried
 SEED = 0
 
 
@@ -71,7 +71,7 @@ def p_value(differences: Sequence[float]) -> float:
     if not len(differences):
         return 1.0
     observed = abs(differences.sum()) - 1e-9
-    if len(differences) <= ENUMERATED:
+    if len(differences) <= ALL_SIGNS_UP_TO:
         signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
         return float(np.mean(np.abs(signs @ differences) >= observed))
     signs = np.random.default_rng(SEED).choice((-1, 1), size=(RESAMPLES, len(differences)))

@@ -63,7 +63,7 @@ def summary(rows: list[dict], other: str = "grpo") -> list[dict]:
 
 def _order(method: str) -> int:
     """As in the palette: related methods beside one another."""
-    known = list(figure.METHODS)
+    known = list(figure.METHOD_COLORS)
     return known.index(method) if method in known else len(known)
 
 
