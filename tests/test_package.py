@@ -80,3 +80,22 @@ def test_the_workflow_calls_scripts_that_are_there():
 
     called = re.findall(r"bash (scripts/\S+)", (ROOT / ".github/workflows/tests.yml").read_text())
     assert len(called) >= 4 and all((ROOT / script).is_file() for script in called)
+
+
+def test_the_rooms_form_no_circle_and_only_the_command_line_knows_the_laboratory():
+    import ast
+    from graphlib import TopologicalSorter
+
+    paths = {"/".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / "verl_krpo").rglob("*.py")}
+    modules = {name.removesuffix("/__init__").replace("/", "."): path for name, path in paths.items()}
+    imported: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found = {f"{node.module}.{each.name}" for each in node.names}
+                imported[name] |= {each if each in modules else node.module for each in found} & modules.keys() - {name}
+    list(TopologicalSorter(imported).static_order())  # CycleError names a circle
+    assert len(imported["verl_krpo.plugin.hooks"]) > 5
+    of_others = {name for name, needs in imported.items() if not name.startswith("verl_krpo.lab") for need in needs
+                 if need.startswith("verl_krpo.lab")}  # fmt: skip
+    assert of_others == {"verl_krpo.cli"}

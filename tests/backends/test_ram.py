@@ -58,7 +58,7 @@ def test_the_memory_of_a_job_is_said(prepared, monkeypatch):
     assert "memory: about" in said and "GiB are free" in said and "will not fit" not in said
     monkeypatch.setattr(ram, "PROCESS_BYTES", 1 << 50)
     _, said = prepared(MODELS[0])
-    assert f"It will not fit. {ram.LOWER}" in said
+    assert f"It will not fit. {ram.HOW_TO_NEED_LESS}" in said
 
 
 def test_a_model_that_is_not_there_yet_is_no_error(compose, capsys):

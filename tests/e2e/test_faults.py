@@ -18,7 +18,7 @@ import torch
 from verl_krpo import krpo
 from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.config import MEMORY
-from verl_krpo.plugin.prompt_memory import FILE, prompt_id
+from verl_krpo.plugin.prompt_memory import MEMORY_FILE, prompt_id
 from verl_krpo.runs import log
 
 pytestmark = pytest.mark.e2e
@@ -134,7 +134,7 @@ def test_a_killed_job_goes_on_at_the_saved_step_and_remembers_its_prompts(start,
     assert [line.get("status") for line in attempts] == [None, -9, None, 0]
     said = (folder / "log.txt").read_text()
     assert "setting global step to 4" in said
-    assert f"krpo remembers 24 prompts from {folder}/global_step_4/{FILE}" in said
+    assert f"krpo remembers 24 prompts from {folder}/global_step_4/{MEMORY_FILE}" in said
     assert log.saved_step(folder) == 6
     assert (folder / ".hydra/config.yaml").exists() and (folder / "log.1.txt").exists()
 
@@ -149,7 +149,7 @@ def test_a_killed_job_goes_on_at_the_saved_step_and_remembers_its_prompts(start,
             assert data["krpo/memory_var"] >= 0 and data["krpo/memory_nis"] > 0
 
     # Eight prompts were not in the two steps after the kill: their states are those of before, to the bit.
-    saved, ended = (PromptMemory.load(folder / f"global_step_{step}" / FILE) for step in (4, 6))
+    saved, ended = (PromptMemory.load(folder / f"global_step_{step}" / MEMORY_FILE) for step in (4, 6))
     assert (len(saved), saved.step, len(ended), ended.step) == (24, 4, 24, 6)
     untouched = ended.visited <= 4
     assert untouched.sum() == 8 and np.array_equal(saved.keys, ended.keys)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.plugin.prompt_memory import FILE
+from verl_krpo.plugin.prompt_memory import MEMORY_FILE
 
 pytestmark = pytest.mark.e2e
 
@@ -49,6 +49,6 @@ def test_krpo_and_kpo_train_and_go_on_in_the_legacy_trainer(verl_job, tmp_path):
 
     second = verl_job(*job, "trainer.total_training_steps=4")
     check(second, [3, 4])
-    assert f"krpo remembers 16 prompts from {folder}/global_step_2/{FILE}" in second.output
+    assert f"krpo remembers 16 prompts from {folder}/global_step_2/{MEMORY_FILE}" in second.output
     assert [second.metrics[step]["krpo/memory_known"] for step in (3, 4)] == [1, 1]
-    assert PromptMemory.load(folder / "global_step_4" / FILE).step == 4
+    assert PromptMemory.load(folder / "global_step_4" / MEMORY_FILE).step == 4

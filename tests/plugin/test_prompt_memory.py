@@ -80,7 +80,7 @@ def test_prompts_of_verls_data_set_in_any_order(tmp_path):
         loader = DataLoader(data, 5, shuffle=True, generator=torch.Generator().manual_seed(seed), collate_fn=collate_fn)
         epochs.append([])
         for batch in loader:
-            rows_of = zip(*(batch[key] for key in prompt_memory.FIELDS), strict=True)
+            rows_of = zip(*(batch[key] for key in prompt_memory.PROMPT_FIELDS), strict=True)
             epochs[-1] += [prompt_id(*row) for row in rows_of]
     assert epochs[0] != epochs[1] and len(set(epochs[0])) == 5
     assert sorted(epochs[0]) == sorted(epochs[1])

@@ -113,7 +113,8 @@ def test_damaged_lines_are_counted_named_and_left_out(folder):
     path.write_text("\n".join(bad + lines) + '\n{"input": "half a li')
     run = replay(folder)
     assert run.reading.damaged == len(bad) + 1
-    assert run.reading.examples[0].startswith(f"{path}:1: no JSON") and len(run.reading.examples) == rollouts.NAMED
+    assert len(run.reading.examples) == rollouts.EXAMPLES_KEPT
+    assert run.reading.examples[0].startswith(f"{path}:1: no JSON")
     assert any("score is None" in example for example in run.reading.examples)
     assert run.rewards == clean.rewards
     assert run.totals["krpo"].squares == clean.totals["krpo"].squares

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 MICRO_BATCH_BYTES = 2 << 30  # for logits and layers: 770 tokens of a model of 135M parameters and 49k words
 PROCESS_BYTES = 1 << 29  # Python with torch and verl
-LOWER = (
+HOW_TO_NEED_LESS = (
     "Lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu (a micro-batch's tokens), then data.train_batch_size, "
     "actor_rollout_ref.rollout.n or data.max_response_length (the answers of a step), or take a smaller model"
 )
@@ -64,4 +64,4 @@ def needed(config: DictConfig) -> str | None:
     total, free = sum(parts.values()), psutil.virtual_memory().available
     listed = ", ".join(f"{size / 2**30:.1f} for {what}" for what, size in parts.items())
     line = f"memory: about {total / 2**30:.1f} GiB ({listed}); {free / 2**30:.1f} GiB are free"
-    return line if total <= free else f"{line}. It will not fit. {LOWER}"
+    return line if total <= free else f"{line}. It will not fit. {HOW_TO_NEED_LESS}"

@@ -20,8 +20,8 @@ from verl_krpo.doctor import probe
 from verl_krpo.doctor.finding import BROKEN, HIDDEN, NOT_INSTALLED, WRONG_VERL, Finding, exit_status
 
 PROCESS_SECONDS = 180
-MODULES, PLUGINS = "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS"
-AS_MODULE = f"{MODULES}=verl_krpo.plugin"
+EXTERNAL_MODULES, EXTERNAL_PLUGINS = "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS"
+AS_MODULE = f"{EXTERNAL_MODULES}=verl_krpo.plugin"
 
 
 def look() -> list[Finding]:
@@ -100,7 +100,7 @@ def _verl() -> list[Finding]:
 
 
 def _as_module() -> bool:
-    return "verl_krpo.plugin" in os.environ.get(MODULES, "").split(",")
+    return "verl_krpo.plugin" in os.environ.get(EXTERNAL_MODULES, "").split(",")
 
 
 def _entry_point() -> Finding:
@@ -108,16 +108,16 @@ def _entry_point() -> Finding:
     if entries:
         return Finding("entry point", "ok", f"verl.plugins: {next(iter(entries)).value}")
     if _as_module():
-        return Finding("entry point", "note", f"not visible; {MODULES} loads the plugin instead")
+        return Finding("entry point", "note", f"not visible; {EXTERNAL_MODULES} loads the plugin instead")
     text = f"verl-krpo is not installed in {sys.executable} (running from {Path(__file__).parents[2]})"
     return Finding("entry point", "failure", text, "pip install . in its checkout", code=NOT_INSTALLED)
 
 
 def _policy() -> list[Finding]:
-    policy = os.environ.get(PLUGINS, "auto").strip().lower()
+    policy = os.environ.get(EXTERNAL_PLUGINS, "auto").strip().lower()
     if policy == "auto" or "verl_krpo" in [name.strip() for name in policy.split(",")] or _as_module():
         return []
-    text = f"{PLUGINS}={os.environ[PLUGINS]} keeps verl from loading the plugin"
+    text = f"{EXTERNAL_PLUGINS}={os.environ[EXTERNAL_PLUGINS]} keeps verl from loading the plugin"
     return [Finding("plugin policy", "failure", text, "unset it, or add verl_krpo to its list", code=HIDDEN)]
 
 

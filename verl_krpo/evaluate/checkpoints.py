@@ -26,7 +26,7 @@ import numpy as np
 from verl_krpo.data.boxed import last_boxed
 from verl_krpo.evaluate.pass_at_k import majority_at, pass_at, powers_of_two
 from verl_krpo.report import figure
-from verl_krpo.report.intervals import Estimate, p_value, resampled
+from verl_krpo.report.intervals import Measured, p_value, resampled
 from verl_krpo.reward import answer_tag
 
 
@@ -46,7 +46,7 @@ class Comparison:
     benchmark: str
     problems: int
     left_out: int
-    difference: Estimate
+    difference: Measured
     p_value: float
 
 
@@ -95,7 +95,7 @@ def _answer(entry: dict) -> str:
     return (last_boxed(entry["output"]) if tagged is None else tagged.strip()) or ""
 
 
-def summary(benchmark: Benchmark) -> dict[str, Estimate]:
+def summary(benchmark: Benchmark) -> dict[str, Measured]:
     """avg@n, and pass@k and maj@k for k = 1, 2, 4, ... and n. n is the least number of samples a problem has."""
     problems = list(benchmark.values())
     n = min(len(problem.right) for problem in problems)
@@ -175,7 +175,7 @@ def _print_table(runs: dict, measured: dict, console) -> None:
     console.print("percent [95 % interval over problems], n samples a problem", markup=False, highlight=False)
 
 
-def _cell(estimate: Estimate) -> str:
+def _cell(estimate: Measured) -> str:
     value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
     return f"{value:.3g} [{low:.0f}, {high:.0f}]" if value >= 99.95 else f"{value:.1f} [{low:.0f}, {high:.0f}]"
 
@@ -212,7 +212,7 @@ def _write_csv(runs: dict, measured: dict, comparisons: dict[str, list[Compariso
     return path
 
 
-def plot(measured: dict[str, dict[str, dict[str, Estimate]]], path: str | os.PathLike) -> Path:
+def plot(measured: dict[str, dict[str, dict[str, Measured]]], path: str | os.PathLike) -> Path:
     """A panel a benchmark: pass@k (lines) and maj@k (dashed) over k with their intervals, to PATH.png and PATH.svg."""
     names = sorted({name for benchmarks in measured.values() for name in benchmarks})
     drawn, axes = figure.panels(len(names), max(5.0, 3.4 * min(3, len(names))), 3.0)
@@ -230,7 +230,7 @@ def plot(measured: dict[str, dict[str, dict[str, Estimate]]], path: str | os.Pat
     return figure.save(drawn, path)
 
 
-def _draw(axis, estimates: dict[str, Estimate], metric: str, **line) -> None:
+def _draw(axis, estimates: dict[str, Measured], metric: str, **line) -> None:
     at = sorted((int(key.partition("@")[2]), e) for key, e in estimates.items() if key.startswith(f"{metric}@"))
     ks, values = [k for k, _ in at], [e for _, e in at]
     if metric == "pass":

@@ -16,8 +16,8 @@ from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.hook import marked
 
 ESTIMATOR = "algorithm.adv_estimator=krpo_memory"
-FILE = "krpo_memory.npz"
-FIELDS = ("raw_prompt", "data_source", "extra_info")
+MEMORY_FILE = "krpo_memory.npz"
+PROMPT_FIELDS = ("raw_prompt", "data_source", "extra_info")
 
 
 @dataclass
@@ -107,7 +107,7 @@ def begin(trainer: Any) -> None:
         return
     settings = trainer.config.trainer
     folder = settings.resume_from_path if settings.resume_mode == "resume_path" else _folder(trainer)
-    path = Path(folder) / FILE
+    path = Path(folder) / MEMORY_FILE
     if path.exists():
         _run.memory = PromptMemory.load(path)
         print(f"krpo remembers {len(_run.memory)} prompts from {path}", flush=True)
@@ -119,7 +119,7 @@ def save(trainer: Any) -> None:
     """Before a trainer saves a checkpoint, so that one that counts as complete has its memory."""
     if remembers(trainer.config):
         _folder(trainer).mkdir(parents=True, exist_ok=True)
-        run().memory.save(_folder(trainer) / FILE)
+        run().memory.save(_folder(trainer) / MEMORY_FILE)
 
 
 def _folder(trainer: Any) -> Path:
@@ -131,19 +131,19 @@ def read_queue(trainer: Any, batch: Any) -> None:
     if remembers(trainer.config):
         import transfer_queue as tq
 
-        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["uid", *FIELDS])
-        _name({key: list(rows[key]) for key in ("uid", *FIELDS)})
+        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["uid", *PROMPT_FIELDS])
+        _name({key: list(rows[key]) for key in ("uid", *PROMPT_FIELDS)})
 
 
 def read_batch(data: Any) -> None:
-    """Name the prompts of a batch of the legacy trainer. (The V1 trainer's, which comes here too, has no FIELDS.)"""
-    if _run is not None and all(key in data.non_tensor_batch for key in FIELDS):
+    """Name the prompts of a batch of the legacy trainer. (The V1 trainer's come here too, without PROMPT_FIELDS.)"""
+    if _run is not None and all(key in data.non_tensor_batch for key in PROMPT_FIELDS):
         _name(data.non_tensor_batch)
 
 
 def _name(rows: Mapping[str, Iterable]) -> None:
     names = {}
-    for uid, *fields in zip(*(rows[key] for key in ("uid", *FIELDS)), strict=True):
+    for uid, *fields in zip(*(rows[key] for key in ("uid", *PROMPT_FIELDS)), strict=True):
         if uid not in names:
             names[uid] = prompt_id(*fields)
     run().names = names

@@ -10,14 +10,14 @@ import numpy as np
 
 from verl_krpo import __version__
 from verl_krpo.config import KrpoConfig
-from verl_krpo.replay.recompute import EDGES, METHODS, ORDERS, PLACES, Replay
+from verl_krpo.replay.recompute import HISTOGRAM_EDGES, METHODS, PLACES_KEPT, RANDOM_ORDERS, Replay
 from verl_krpo.report import figure
 
 COLUMNS = ("std", "max", "order", "first", "last", "no signal", "variance")
 EXPLAINED = {
     "std": "standard deviation of the advantages; learning rates do not carry over where it differs",
     "max": "the largest advantage",
-    "order": f"share of std(A) that is the order of the rows: {ORDERS} random orders of every step",
+    "order": f"share of std(A) that is the order of the rows: {RANDOM_ORDERS} random orders of every step",
     "first": "mean size of the advantage of the first member of a group",
     "last": "the same of the last member; equal to the first's where the place does not matter",
     "no signal": "mean size of the advantage in groups whose rewards are all equal",
@@ -166,7 +166,7 @@ def pictures(run: Replay) -> list[tuple[str, str]]:
     per_step = {key: {m: [row[m][key] for row in run.per_step] for m in METHODS} for key in ("std", "order")}
     reward = {"mean reward": "reward", "groups without signal": "no_signal"}
     reward = {label: [row[key] for row in run.per_step] for label, key in reward.items()}
-    places = np.arange(1, 1 + min(int(np.flatnonzero(run.groups_at)[-1]) + 1, PLACES))
+    places = np.arange(1, 1 + min(int(np.flatnonzero(run.groups_at)[-1]) + 1, PLACES_KEPT))
     by_place = {m: run.totals[m].by_place[: len(places)] / run.groups_at[: len(places)] for m in METHODS}
     return [
         _lines("Mean size of the advantage by place in the group: flat where order does not matter",
@@ -196,7 +196,7 @@ def _lines(title: str, x, series: dict, xlabel: str, ylabel: str = "", log: bool
 
 def _distribution(title: str, run: Replay) -> tuple[str, str]:
     drawn, axes = figure.axes(2, 3, 6, 3.4, sharex=True, sharey=True)
-    middle = (EDGES[1:-2] + EDGES[2:-1]) / 2
+    middle = (HISTOGRAM_EDGES[1:-2] + HISTOGRAM_EDGES[2:-1]) / 2
     for axis, method in zip(axes.flat, METHODS, strict=True):
         counts = run.totals[method].histogram
         share = counts[1:-1] / max(1, counts.sum())

@@ -41,14 +41,15 @@ from verl_krpo.advantage.shrinkage import group_moments
 from verl_krpo.config import ADAPTIVE, KRPO_AT, MEMORY, Baseline, KrpoConfig, Scale, read
 from verl_krpo.plugin import metrics
 from verl_krpo.replay import rollouts
+from verl_krpo.report.intervals import middle, times_drawn
 
 JSPO = KrpoConfig(baseline=Baseline.jspo, scale=Scale.none)
 METHODS = ("grpo", "rloo", "krpo", "jspo", "krpo_adaptive", "krpo_memory")
-ORDERS = 8  # random orders of a step's rows
+RANDOM_ORDERS = 8  # random orders of a step's rows
 RESAMPLES = 1000  # of steps, for intervals
 GRPO_EPSILON = 1e-6  # verl's
-PLACES = 64  # places in a group whose mean |A| is kept
-EDGES = np.concatenate([[-np.inf], np.linspace(-6, 6, 121), [np.inf]])  # of A in units of std(A) of its step
+PLACES_KEPT = 64  # places in a group whose mean |A| is kept
+HISTOGRAM_EDGES = np.concatenate([[-np.inf], np.linspace(-6, 6, 121), [np.inf]])  # of A in units of std(A) of its step
 
 
 @dataclass
@@ -62,9 +63,9 @@ class Totals:
     order: float = 0.0
     equal: float = 0.0
     equal_rows: int = 0
-    by_place: np.ndarray = field(default_factory=lambda: np.zeros(PLACES))
+    by_place: np.ndarray = field(default_factory=lambda: np.zeros(PLACES_KEPT))
     ends: np.ndarray = field(default_factory=lambda: np.zeros(2))
-    histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(EDGES) - 1, dtype=np.int64))
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64))
     products: list[np.ndarray] = field(
         default_factory=list
     )  # per step (sizes, 4): A^2, A r, A mean_g, A mean of others
@@ -82,11 +83,11 @@ class Totals:
         self.order += order * len(a)
         self.equal += a[equal].abs().sum().item()
         self.equal_rows += int(equal.sum())
-        self.by_place += np.bincount(_places(groups), weights=size[groups.mask].numpy(), minlength=PLACES)
+        self.by_place += np.bincount(_places(groups), weights=size[groups.mask].numpy(), minlength=PLACES_KEPT)
         last = size.gather(1, (sizes - 1)[:, None])[:, 0]
         self.ends += [size[sizes > 1, 0].sum().item(), last[sizes > 1].sum().item()]
         if (spread := a.std(correction=0).item()) > 0:
-            self.histogram += np.histogram((a / spread).numpy(), bins=EDGES)[0]
+            self.histogram += np.histogram((a / spread).numpy(), bins=HISTOGRAM_EDGES)[0]
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Replay:
     singletons: int = 0
     equal_groups: int = 0
     multiple_groups: int = 0
-    groups_at: np.ndarray = field(default_factory=lambda: np.zeros(PLACES, dtype=np.int64))
+    groups_at: np.ndarray = field(default_factory=lambda: np.zeros(PLACES_KEPT, dtype=np.int64))
     rewards: list = field(default_factory=lambda: [0, 0.0, 0.0])  # count, sum, sum of squares
     binary: bool = True  # every reward is 0 or 1
     nis: list = field(default_factory=lambda: [0.0, 0])
@@ -120,9 +121,7 @@ class Replay:
         steps = len(self.sizes)
         if steps < 10:
             return None
-        drawn = np.random.default_rng(0).multinomial(steps, np.full(steps, 1 / steps), RESAMPLES)
-        low, high = np.percentile(self._variances(method, drawn), [2.5, 97.5])
-        return float(low), float(high)
+        return middle(self._variances(method, times_drawn(np.random.default_rng(0), steps, RESAMPLES)))
 
     def _variances(self, method: str, weights: np.ndarray) -> np.ndarray:
         """`variance` under every row of weights (resamples, steps)."""
@@ -196,7 +195,7 @@ def add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
     row = {"step": step.number, "reward": rewards.mean().item(), "rows": len(rewards), "nis": nis}
     row["no_signal"] = equal.double().mean().item()
 
-    orders = [rng.permutation(len(rewards)) for _ in range(ORDERS)]
+    orders = [rng.permutation(len(rewards)) for _ in range(RANDOM_ORDERS)]
     of_rows = arrived.scatter(equal[:, None].expand_as(arrived.mask))
     products = _products(rewards, arrived, result)
     for method in METHODS:
@@ -248,7 +247,7 @@ def _add_groups(result: Replay, rewards: torch.Tensor, groups: Groups) -> torch.
     result.singletons += int((sizes == 1).sum())
     result.equal_groups += int(equal.sum())
     result.multiple_groups += int((sizes > 1).sum())
-    result.groups_at += np.bincount(_places(groups), minlength=PLACES)
+    result.groups_at += np.bincount(_places(groups), minlength=PLACES_KEPT)
     result.binary &= bool(((rewards == 0) | (rewards == 1)).all())
     result.rewards[0] += len(rewards)
     result.rewards[1] += rewards.sum().item()
@@ -295,7 +294,7 @@ def _order_variance(method: str, rewards: torch.Tensor, prompts: np.ndarray, set
 
 def _places(groups: Groups) -> np.ndarray:
     """Place in its group of every member, the last counted ones together."""
-    return np.minimum(groups.mask.nonzero()[:, 1].numpy(), PLACES - 1)
+    return np.minimum(groups.mask.nonzero()[:, 1].numpy(), PLACES_KEPT - 1)
 
 
 def settings_from(assignments: list[str]) -> KrpoConfig:

@@ -18,7 +18,7 @@ import orjson
 
 from verl_krpo.plugin.sessions import final_outputs
 
-NAMED = 5  # damaged lines that are named; all are counted
+EXAMPLES_KEPT = 5  # damaged lines that are named; all are counted
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Reading:
 
     def skip(self, path: Path, line: int, why: str) -> None:
         self.damaged += 1
-        if len(self.examples) < NAMED:
+        if len(self.examples) < EXAMPLES_KEPT:
             self.examples.append(f"{path}:{line}: {why}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 # Colors that color-blind readers tell apart (Okabe and Ito; for losses Tol's muted scheme), gray for group means.
-METHODS = {
+METHOD_COLORS = {
     "grpo": "#8a8a8a",
     "drgrpo": "#bdbdbd",
     "rloo": "#333333",
@@ -25,7 +25,7 @@ METHODS = {
     "krpo_kpo": "#882255",
     "gspo": "#999933",
 }
-OTHERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+OTHER_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -50,18 +50,18 @@ def colors(names: Sequence[str]) -> dict[str, str]:
     chosen: dict[str, str] = {}
     for name in names:
         method = _method(name)
-        if method and METHODS[method] not in chosen.values():
-            chosen[name] = METHODS[method]
+        if method and METHOD_COLORS[method] not in chosen.values():
+            chosen[name] = METHOD_COLORS[method]
     for name in names:
         if name not in chosen:
-            free = [color for color in OTHERS if color not in chosen.values()]
-            chosen[name] = free[0] if free else OTHERS[len(chosen) % len(OTHERS)]
+            free = [color for color in OTHER_COLORS if color not in chosen.values()]
+            chosen[name] = free[0] if free else OTHER_COLORS[len(chosen) % len(OTHER_COLORS)]
     return chosen
 
 
 def _method(name: str) -> str | None:
     words = re.sub(r"[^a-z0-9]+", "_", name.lower().replace(".", "")).strip("_") + "_"
-    return max((method for method in METHODS if words.startswith(method + "_")), key=len, default=None)
+    return max((method for method in METHOD_COLORS if words.startswith(method + "_")), key=len, default=None)
 
 
 def axes(rows: int, columns: int, width: float, height: float, **options):

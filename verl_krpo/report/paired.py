@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from verl_krpo.report.intervals import half_width
+from verl_krpo.report.intervals import mean_and_half
 
 
 def by_seed(values: Mapping[str, float]) -> dict[str, dict[int, float]]:
@@ -35,6 +35,6 @@ def differences(values: Mapping[str, float], against: str) -> dict[str, tuple[in
     for method, runs in methods.items():
         if seeds := sorted(runs.keys() & methods[against].keys()):
             own, other = (np.array([of[seed] for seed in seeds]) for of in (runs, methods[against]))
-            difference = math.nan if method == against else (own - other).mean()
-            result[method] = len(seeds), own.mean(), difference, half_width(own - other)
+            difference, half = mean_and_half(own - other)
+            result[method] = len(seeds), own.mean(), math.nan if method == against else difference, half
     return result

@@ -5,10 +5,10 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from verl_krpo.backends.ram import LOWER
+from verl_krpo.backends.ram import HOW_TO_NEED_LESS
 from verl_krpo.runs.log import METRICS, REWARD, SECONDS, accuracy, rows
 
-MEMORY = re.compile(r"^memory: .+(?=\n)", re.MULTILINE)  # what the CPU platform says before Ray starts
+MEMORY_LINE = re.compile(r"^memory: .+(?=\n)", re.MULTILINE)  # what the CPU platform says before Ray starts
 OUT_OF_MEMORY = re.compile(r"Memory on the node \(.*?\).*? was ([\d.]+)GB(?: used)? / ([\d.]+)GB")
 TOP_USER = re.compile(r"PID\s+MEM\(GB\)\s+COMMAND\s+\d+\s+([\d.]+)\s+(\S+)")
 
@@ -39,7 +39,7 @@ class Line:
 
     def update(self) -> None:
         self.line.refresh()
-        if self.memory is None and (found := MEMORY.search(self.log.read_text(errors="replace"))):
+        if self.memory is None and (found := MEMORY_LINE.search(self.log.read_text(errors="replace"))):
             self.memory = found[0]
             self.line.write(self.memory)
         metrics = self.log.parent / METRICS
@@ -71,7 +71,7 @@ def out_of_memory(log: str) -> str | None:
         return None
     largest = TOP_USER.search(log, found.start())
     most = f", {largest[1]} GB of them by {largest[2].strip()}" if largest else ""
-    return f"Ray ended the job for memory: {found[1]} of {found[2]} GB were in use{most}. {LOWER}"
+    return f"Ray ended the job for memory: {found[1]} of {found[2]} GB were in use{most}. {HOW_TO_NEED_LESS}"
 
 
 def summary(step: int, data: dict) -> str:

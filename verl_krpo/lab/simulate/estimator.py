@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from verl_krpo.lab.simulate import simulate
-from verl_krpo.report import figure, tables
+from verl_krpo.report import figure, intervals, tables
 
 SHOWN = ("uniform", "Beta(5,5)", "two-point", "gaussian", "drifting", "mixture")  # laws in the figures
 SIZES = (2, 4, 8, 12, 16, 64)
@@ -30,7 +30,7 @@ def cell(law: str, prompts: int, size: int, forms: dict, batches: int, rng: np.r
     """One row a form: every measure with its interval."""
     rewards, truth, std = simulate.draw(law, rng, prompts, size, batches)
     noise = rewards - truth
-    weights = simulate.resamples(rng, batches)
+    weights = intervals.weights(rng, batches)
     found = {}
     for name, estimator in forms.items():
         pairs = [estimator(batch) for twice in rewards for batch in twice]
@@ -56,7 +56,7 @@ def cell(law: str, prompts: int, size: int, forms: dict, batches: int, rng: np.r
             values[f"snr_{policy}"] = moments.snr(policy, weights) / rloo.snr(policy, weights)
         row = {"law": law, "prompts": prompts, "size": size, "estimator": name, "batches": batches}
         for key in MEASURES:
-            row |= dict(zip((key, f"{key}_low", f"{key}_high"), simulate.interval(values[key]), strict=True))
+            row |= dict(zip((key, f"{key}_low", f"{key}_high"), intervals.of_weighted(values[key]), strict=True))
         rows.append(row)
     return rows
 

@@ -17,7 +17,7 @@ import torch
 from verl_krpo.advantage.krpo import krpo
 from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.config import ADAPTIVE, MEMORY
-from verl_krpo.report import figure, tables
+from verl_krpo.report import figure, intervals, tables
 
 SIZES = (1, 2, 4, 8)
 SEEDS = 24
@@ -92,12 +92,13 @@ def residuals(training: Training, size: int, seed: int) -> dict[str, float]:
     return {name: float(np.mean([found[name] for found in sums])) for name in sums[0]}
 
 
-def ratio(over: list[float], under: list[float], rng: np.random.Generator) -> tuple[float, float, float]:
+def ratio(over: list[float], under: list[float], rng: np.random.Generator) -> intervals.Measured:
     """Mean of `over` by mean of `under`, paired by seed, and its 95 % interval."""
-    over, under = np.array(over), np.array(under)
-    picks = rng.integers(len(over), size=(2000, len(over)))
-    low, high = np.percentile(over[picks].mean(axis=1) / under[picks].mean(axis=1), [2.5, 97.5])
-    return over.mean() / under.mean(), low, high
+
+    def statistic(over: np.ndarray, under: np.ndarray) -> np.ndarray:
+        return over.mean(-1) / under.mean(-1)
+
+    return intervals.bootstrapped(statistic, np.array(over), np.array(under), rng=rng)
 
 
 def measure(seed: int = 0, trainings: dict[str, Training] = TRAININGS, sizes=SIZES, seeds: int = SEEDS) -> list[dict]:

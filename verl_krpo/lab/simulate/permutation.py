@@ -16,8 +16,7 @@ import torch
 
 from verl_krpo.advantage.krpo import krpo
 from verl_krpo.config import Baseline, KrpoConfig, Order
-from verl_krpo.lab.simulate import simulate
-from verl_krpo.report import figure, tables
+from verl_krpo.report import figure, intervals, tables
 
 MULTISETS = {
     "4 of 8 right": [1.0] * 4 + [0.0] * 4,
@@ -64,7 +63,7 @@ def measure(seed: int = 0, permutations: int = 50) -> list[dict]:
         rewards = np.array(rewards)
         orders = np.stack([rng.permutation(len(rewards)) for _ in range(permutations)])
         scores = rng.normal(size=(DRAWS, len(rewards), DIMENSION))
-        weights = simulate.resamples(rng, permutations)
+        weights = intervals.weights(rng, permutations)
         for form, settings in FORMS.items():
             advantage = advantages(rewards, orders, settings)
             norm = np.linalg.norm(np.einsum("pm,dmk->pdk", advantage, scores), axis=2)
@@ -77,7 +76,7 @@ def measure(seed: int = 0, permutations: int = 50) -> list[dict]:
             variation = (np.sqrt(np.clip(spread(weights, norm), 0, None)) / (weights @ norm)).mean(axis=1)
             row = {"multiset": multiset, "form": form, "permutations": permutations}
             for name, values in (("spread_of_A", share), ("spread_of_gradient_norm", variation)):
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), simulate.interval(values), strict=True))
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), intervals.of_weighted(values), strict=True))
             row |= {"std_of_A": float(np.sqrt(total[0])), "gradient_norm": float(norm.mean())}
             rows.append(row)
     return rows

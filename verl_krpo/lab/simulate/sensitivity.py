@@ -15,7 +15,7 @@ import numpy as np
 
 from verl_krpo.config import Baseline, KrpoConfig, Order
 from verl_krpo.lab.simulate import simulate
-from verl_krpo.report import figure, tables
+from verl_krpo.report import figure, intervals, tables
 
 PROCESS_VARS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 MEASUREMENT_VARS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -27,7 +27,7 @@ def measure(seed: int = 0, law: str = "uniform", prompts: int = 64, size: int = 
     """One row a baseline, Q and R."""
     rng = np.random.default_rng(seed)
     rewards, truth, std = simulate.draw(law, rng, prompts, size, batches)
-    weights = simulate.resamples(rng, batches)
+    weights = intervals.weights(rng, batches)
 
     def moments(estimator):
         # No form here looks across prompts: one batch holds them all.
@@ -45,7 +45,7 @@ def measure(seed: int = 0, law: str = "uniform", prompts: int = 64, size: int = 
                 residual, snr, spread = moments(simulate.with_krpo(settings))
                 row = {"baseline": name, "law": law, "size": size, "Q": process_var, "R": measurement_var}
                 for key, values in zip(MEASURES, (residual / rloo_residual, snr / rloo_snr, spread), strict=True):
-                    row |= dict(zip((key, f"{key}_low", f"{key}_high"), simulate.interval(values), strict=True))
+                    row |= dict(zip((key, f"{key}_low", f"{key}_high"), intervals.of_weighted(values), strict=True))
                 rows.append(row)
     return rows
 

@@ -176,15 +176,3 @@ def draw(law: str, rng: np.random.Generator, prompts: int, size: int, batches: i
     rewards, truth, std = (np.stack(values) for values in zip(*drawn, strict=True))
     truth = truth[:, None]
     return rewards, truth, np.broadcast_to(std.reshape(batches, 1, *std.shape[1:] or (1, 1)), truth.shape)
-
-
-def resamples(rng: np.random.Generator, batches: int) -> np.ndarray:
-    """400 bootstrap weights (401, batches); the first row is the sample itself."""
-    drawn = rng.multinomial(batches, np.full(batches, 1 / batches), 400) / batches
-    return np.concatenate([np.full((1, batches), 1 / batches), drawn])
-
-
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Estimate, and the 95 % interval of its resamples (percentiles)."""
-    low, high = np.percentile(values[1:], [2.5, 97.5])
-    return float(values[0]), float(low), float(high)

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from verl_krpo.lab.simulate import simulate
 from verl_krpo.lab.train import on_policy
-from verl_krpo.report import tables
+from verl_krpo.report import intervals, tables
 
 SHOWN = ("grpo", "rloo", "jspo", "krpo", "krpo_adaptive")
 CHECKPOINTS = (0, 30, 60)  # steps of RLOO
@@ -56,7 +55,7 @@ def snr(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def measure(model: Path, condition: str, batches: int = 100, seed: int = 1000) -> list[dict]:
     """One row a checkpoint and method."""
     first, settings = on_policy.start(model), on_policy.CONDITIONS[condition]
-    weights = simulate.resamples(np.random.default_rng(0), batches)
+    weights = intervals.weights(np.random.default_rng(0), batches)
     rows = []
     for steps in CHECKPOINTS:
         held = checkpoint(first, settings, steps)
@@ -66,7 +65,7 @@ def measure(model: Path, condition: str, batches: int = 100, seed: int = 1000) -
             gradient = gradient / gradient.norm(dim=1).mean()  # of no consequence but for rounding
             ratios[name] = snr((gradient @ gradient.T).double().numpy(), weights)
         for name, ratio in ratios.items():
-            value, low, high = simulate.interval(ratio / ratios["rloo"])
+            value, low, high = intervals.of_weighted(ratio / ratios["rloo"])
             row = {"condition": condition, "steps": steps, "accuracy": accuracy, "method": name, "batches": batches}
             rows.append(row | {"snr": float(ratio[0]), "to_rloo": value, "to_rloo_low": low, "to_rloo_high": high})
     return rows

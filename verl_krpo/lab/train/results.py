@@ -9,7 +9,7 @@ rollouts    until the mean curve reaches the level that the reference has after 
             the reference's own; 95 % interval by the bootstrap over seeds, paired; inf: not reached in the run
 collapsed   seeds that end below where they began; shown where there is one
 
-One seed has no interval, and fewer than FEWEST have none by the bootstrap.
+One seed has no interval, and fewer than FEWEST_SEEDS have none by the bootstrap.
 """
 
 from collections import defaultdict
@@ -19,12 +19,11 @@ import numpy as np
 from scipy import stats
 
 from verl_krpo.report import figure, tables
-from verl_krpo.report.intervals import half_width
+from verl_krpo.report.intervals import Measured, bootstrapped, half_width, mean_and_half
 
 REFERENCES = ("batch_mean", "rloo", "reinforce")  # the first where groups are of one, the last of policy losses
 LEVEL_AFTER = 0.75  # of the reference's rollouts
-RESAMPLES = 2000
-FEWEST = 5  # seeds that a bootstrap needs
+FEWEST_SEEDS = 5  # seeds that a bootstrap needs
 
 
 def by_condition(rows: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
@@ -64,7 +63,7 @@ def summary(rows: list[dict], other: str = "grpo") -> list[dict]:
 
 def _order(method: str) -> int:
     """As in the palette: related methods beside one another."""
-    known = list(figure.METHODS)
+    known = list(figure.METHOD_COLORS)
     return known.index(method) if method in known else len(known)
 
 
@@ -72,8 +71,8 @@ def compare(own: list[dict], other: list[dict]) -> dict[str, float]:
     """The measures above, of paired runs."""
     curves, others = (np.stack([run["curve"] for run in runs]) for runs in (own, other))
     difference = curves[:, -1] - others[:, -1]
-    accuracy, low, high = bootstrapped(interquartile_mean, curves)
-    ratio, ratio_low, ratio_high = bootstrapped(rollouts, curves, others)
+    accuracy, low, high = over_seeds(interquartile_mean, curves)
+    ratio, ratio_low, ratio_high = over_seeds(rollouts, curves, others)
     return {
         "accuracy": accuracy,
         "accuracy_low": low,
@@ -98,7 +97,7 @@ def to_other(runs: dict[int, dict], others: dict[int, dict]) -> dict[str, float]
 
 def _paired(name: str, difference: np.ndarray) -> dict[str, float]:
     """Mean over the seeds, and half of its interval."""
-    return {name: float(difference.mean()), f"{name}_half": float(half_width(difference))}
+    return dict(zip((name, f"{name}_half"), mean_and_half(difference), strict=True))
 
 
 def interquartile_mean(curves: np.ndarray) -> np.ndarray:
@@ -129,15 +128,11 @@ def first_at(curve: np.ndarray, level: np.ndarray) -> np.ndarray:
     return np.where(reached.any(-1), between, np.inf)
 
 
-def bootstrapped(statistic, *paired: np.ndarray) -> tuple[float, float, float]:
-    """Of a statistic of arrays (seeds, times): its value, and the 95 % interval over the seeds (percentiles)."""
-    count = len(paired[0])
-    if count < FEWEST:
-        return float(statistic(*paired)), np.nan, np.nan
-    chosen = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-    # Percentiles that are observed, as some may be inf.
-    low, high = np.percentile(statistic(*(array[chosen] for array in paired)), [2.5, 97.5], method="nearest")
-    return float(statistic(*paired)), float(low), float(high)
+def over_seeds(statistic, *paired: np.ndarray) -> Measured:
+    """Of a statistic of arrays (seeds, times): its value, and the 95 % interval over the seeds, NaN of few."""
+    if len(paired[0]) < FEWEST_SEEDS:
+        return Measured(float(statistic(*paired)), np.nan, np.nan)
+    return bootstrapped(statistic, *paired, rng=np.random.default_rng(0), method="nearest")
 
 
 def as_table(lines: list[dict]) -> str:
