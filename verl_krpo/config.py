@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 NumberOrWord = int | float | str  # the words are "batch" and "auto"
@@ -96,8 +96,8 @@ class KrpoConfig:
             permutation by the prompt's id
         baseline: which estimate of the state is subtracted from the reward
         scale: what the difference is divided by
-        weight: w of the noise R / w that a reward has of its own: `score`, the square of its response's score, `length`,
-            its length, or `none`, 1
+        weight: w of the noise R / w that a reward has of its own: `score`, the square of its response's score,
+            `length`, its length, or `none`, 1
     """
 
     process_var: float = 1e-5
@@ -122,8 +122,8 @@ class KrpoConfig:
         _validate(self, at, rules, {"order": Order, "baseline": Baseline, "scale": Scale, "weight": Weight})
         if self.scale == Scale.filter_std and self.process_var == 0 and self.init_var == 0:
             raise ValueError(
-                f"{at}.scale=filter_std divides by the state's standard deviation, which is zero with process_var=0 and "
-                "init_var=0: use scale=innovation_std, or a process_var > 0"
+                f"{at}.scale=filter_std divides by the state's standard deviation, which is zero with process_var=0 "
+                "and init_var=0: use scale=innovation_std, or a process_var > 0"
             )
 
 
@@ -221,15 +221,17 @@ def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
     except OmegaConfBaseException as error:
         key = f"{at}.{error.full_key}" if error.full_key else at
         known = ", ".join(cls.__dataclass_fields__) or "none"
-        raise ValueError(f"{key}: {str(error).splitlines()[0]}{moved(key, values.get(error.full_key))} (keys of {at}: {known})") from error
+        raise ValueError(
+            f"{key}: {str(error).splitlines()[0]}{moved(key, values.get(error.full_key))} (keys of {at}: {known})"
+        ) from error
 
 
 def moved(key: str, value: Any) -> str:
     """Of a key or value of version 0.2: what says the same now, else nothing."""
     if key in ("algorithm.krpo.memory", "algorithm.krpo.memory_var"):
-        return "; since 0.3 the memory is an estimator of its own: +algorithm=krpo_memory, algorithm.krpo_memory.memory_var"
+        return "; since 0.3 the memory is an estimator of its own: +algorithm=krpo_memory, with its key memory_var"
     if key == "algorithm.krpo.baseline" and value == "jspo":
         return "; since 0.3 jspo is an estimator of its own: algorithm.adv_estimator=jspo"
     if key.startswith("algorithm.krpo.") and value == BATCH:
-        return "; since 0.3 what is estimated from the batch is an estimator of its own: algorithm.adv_estimator=krpo_adaptive"
+        return "; since 0.3 what a batch estimates is an estimator of its own: algorithm.adv_estimator=krpo_adaptive"
     return ""

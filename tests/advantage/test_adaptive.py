@@ -56,7 +56,7 @@ REWARD = torch.tensor([[0.0, 1.0, 0.3], [1.0, 0.0, 0.0], [0.0, 0.5, 1.0]], dtype
 
 
 def outcomes(sizes):
-    """Every outcome of a batch in which prompt g is answered sizes[g] times: its chance, rewards, scores and their squares."""
+    """Every outcome of a batch with sizes[g] answers to prompt g: its chance, prompts, rewards, scores, their squares."""
     prompts = np.repeat(np.arange(len(sizes)), sizes)
     chance = ARMS.softmax(1)
     for arms in itertools.product(range(ARMS.shape[1]), repeat=len(prompts)):
@@ -71,7 +71,7 @@ def gradient(prompts, advantage, score):
 
 
 def moments(sizes, advantages):
-    """Exact mean (prompts, arms) and variance (the trace) of the gradient under advantages(rewards, prompts, weights)."""
+    """Exact mean (prompts, arms) and variance (the trace) of the gradient under advantages(r, prompts, weights)."""
     mean, square = torch.zeros_like(ARMS), 0.0
     for probability, prompts, rewards, score, weights in outcomes(sizes):
         found = gradient(prompts, advantages(rewards, prompts, weights), score)
@@ -121,7 +121,7 @@ def test_the_variance_of_the_gradient_falls_with_the_weighted_error():
 
 @pytest.mark.parametrize("prompts", [3, 4])
 def test_score_weights_make_the_variance_of_the_gradient_smaller(monkeypatch, prompts):
-    """Exactly, for pairs of a few prompts that are mostly answered right: beside the estimator without weights, and RLOO."""
+    """Exactly, for pairs of a few prompts that are mostly answered right: beside no weights, and RLOO."""
     right = torch.linspace(0.55, 0.85, prompts, dtype=torch.float64)
     monkeypatch.setitem(globals(), "ARMS", torch.stack([right, 1 - right], dim=1).log())
     monkeypatch.setitem(globals(), "REWARD", torch.tensor([[1.0, 0.0]] * prompts, dtype=torch.float64))
@@ -153,7 +153,9 @@ weight = st.sampled_from([0.0, 1e-9, 0.1, 1.0, 7.5])
 
 
 def flat(groups):
-    return [reward for rewards in groups for reward in rewards], [k for k, rewards in enumerate(groups) for _ in rewards]
+    return [reward for rewards in groups for reward in rewards], [
+        k for k, rewards in enumerate(groups) for _ in rewards
+    ]
 
 
 @settings(max_examples=80)
@@ -196,7 +198,9 @@ def test_no_baseline_reads_its_own_reward_or_weight(groups, data, remembered):
     exact = baseline(torch.tensor(rewards, dtype=torch.float64), weights)
     torch.testing.assert_close(baseline(changed, weights), exact, rtol=1e-7, atol=1e-7)
     if memory is None:  # its R and P0 are kept in units of the mean weight of a step
-        torch.testing.assert_close(baseline(torch.tensor(rewards, dtype=torch.float64), reweighted), exact, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(
+            baseline(torch.tensor(rewards, dtype=torch.float64), reweighted), exact, rtol=1e-7, atol=1e-7
+        )
 
 
 @settings(max_examples=60)

@@ -145,7 +145,9 @@ def test_interleaving_the_groups_changes_nothing(oracle, by_group, form, random)
     st.randoms(),
 )
 def test_order_free_forms_ignore_the_order_within_a_group(oracle, by_group, baseline, scale, order, adaptive, random):
-    form = dict(name="krpo_adaptive") if adaptive else dict(process_var=0.0, baseline=baseline, scale=scale, order=order)
+    form = (
+        dict(name="krpo_adaptive") if adaptive else dict(process_var=0.0, baseline=baseline, scale=scale, order=order)
+    )
     rows = rows_of(by_group)
     plain = oracle.advantage_of([r for _, r in rows], [u for u, _ in rows], **form)
     taken = list(range(len(rows)))
@@ -320,7 +322,7 @@ def test_config_may_be_anything_that_verl_passes(oracle):
         ({"init_var": -1}, "algorithm.krpo.init_var"),
         ({"baseline": "jspo"}, "since 0.3 jspo is an estimator of its own: algorithm.adv_estimator=jspo"),
         ({"memory": "prompt"}, r"since 0.3 the memory is an estimator of its own: \+algorithm=krpo_memory"),
-        ({"init_mean": "batch"}, "since 0.3 what is estimated from the batch .* algorithm.adv_estimator=krpo_adaptive"),
+        ({"init_mean": "batch"}, "since 0.3 what a batch estimates .* algorithm.adv_estimator=krpo_adaptive"),
         ({"process_var": 0, "init_var": 0}, "algorithm.krpo.scale=filter_std.*init_var=0"),
     ],
 )

@@ -76,7 +76,7 @@ def noise_var(groups, weights=None):
 
 
 def batch(rewards, uids, tokens=3, masked=(), name="krpo", **settings):
-    """Keyword arguments of the estimator `name`: the reward on a row's last token, rows in `masked` with an empty mask."""
+    """Arguments of the estimator `name`: the reward on a row's last token, rows in `masked` with an empty mask."""
     token_level_rewards = torch.zeros(len(rewards), tokens, dtype=torch.float64)
     token_level_rewards[:, -1] = torch.as_tensor(rewards, dtype=torch.float64)
     mask = torch.ones(len(rewards), tokens, dtype=torch.int64)

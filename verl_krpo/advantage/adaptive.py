@@ -32,7 +32,7 @@ SCALE_REWARDS more rewards had been observed that vary as all of the batch do:
 
 Where there is nothing to estimate from:
 
-    R    is 1e-2, the published value, of a reward that has the mean weight of the others, if no other group has a spread
+    R    is 1e-2, the published value, at the mean weight of the others, if no other group has a spread
     P0   is inf, nothing to draw towards, with fewer than two other groups: b is the weighted mean of the others, with
          equal weights RLOO's
     A    is 0 where a response has neither other members nor a prior to be compared with

@@ -25,7 +25,7 @@ class Observed(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """(groups, width) float64 matrices, members in the order of the estimator; entries beyond a group's size mean nothing.
+    """(groups, width) float64 matrices, members in the estimator's order; entries beyond a group's size mean nothing.
 
     Attributes:
         groups: which row is where
@@ -66,7 +66,14 @@ def observe(
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
     groups = group(prompts, counted, order)
-    _require("rewards", rewards, rewards.isfinite(), groups, "are not finite", "make the reward function return finite numbers")
+    _require(
+        "rewards",
+        rewards,
+        rewards.isfinite(),
+        groups,
+        "are not finite",
+        "make the reward function return finite numbers",
+    )
     values = groups.gather(rewards)
     if weights is None:
         return Observed(groups, values, groups.mask.double())
@@ -74,7 +81,9 @@ def observe(
     if weights.shape != rewards.shape:
         raise ValueError(f"weights have shape {tuple(weights.shape)}, rewards {tuple(rewards.shape)}: one a row")
     valid = weights.isfinite() & (weights >= 0)
-    _require("weights", weights, valid, groups, "are not finite and >= 0", "look at the log-probs that they are made of")
+    _require(
+        "weights", weights, valid, groups, "are not finite and >= 0", "look at the log-probs that they are made of"
+    )
     members = groups.gather(weights)
     unit = members.sum().item() / max(1, len(groups.rows))
     return Observed(groups, values, members / unit, unit) if unit else Observed(groups, values, groups.mask.double())

@@ -1,4 +1,4 @@
-"""Rows and groups: which rows of a batch answer the same prompt, in which order they are filtered, and group statistics.
+"""Rows and groups: which rows answer the same prompt, in which order they are filtered, and statistics of groups.
 
 A batch is flat: row k holds one response, its prompt id is `prompts[k]`, and the rows of a prompt may lie anywhere. The
 filter wants (groups, members). `Groups` goes from one to the other and back; beside the
@@ -115,8 +115,8 @@ class Variation(NamedTuple):
 
     With weights w, W_g the sum of a group's, W of all, n_g its members with w > 0, and weighted means:
 
-        E within  = within_degrees R                       sum w (r - mean_g)^2,          sum (n_g - 1)
-        E between = between_degrees R + spread P0          sum W_g (mean_g - mean)^2,     groups - 1,   W - sum W_g^2 / W
+        E within  = within_degrees R                     sum w (r - mean_g)^2,        sum (n_g - 1)
+        E between = between_degrees R + spread P0        sum W_g (mean_g - mean)^2,   groups - 1,   W - sum W_g^2 / W
     """
 
     within: torch.Tensor

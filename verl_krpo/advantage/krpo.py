@@ -59,7 +59,7 @@ def krpo(
     seen = observe(rewards, prompts, weights, counted, settings.order)
     groups, values = seen.groups, seen.rewards
 
-    # Filtering deviations from the prior mean: rewards that equal it have advantages of exactly 0, not of rounding errors.
+    # Filtering deviations from the prior mean: rewards that equal it have advantages of exactly 0.
     deviations = values - settings.init_mean
     model = LocalLevel(settings.process_var, settings.measurement_var, 0.0, settings.init_var)
     mean, var = BASELINES[settings.baseline](deviations, groups.mask, model, None if weights is None else seen.weights)

@@ -84,7 +84,7 @@ class PromptMemory:
         visited: (prompts,) step of the last visit
         step: of the last observation
         level, weight: L and C
-        unit: the mean weight of the last step's rewards, the unit of those of the next: no baseline reads its own weight
+        unit: the mean weight of the last step's rewards, in which the next ones are counted: none reads its own
         moments: sums of a groups.Variation over the steps
         evidence: (candidates,) log-likelihood of RATIOS
     """
@@ -218,7 +218,9 @@ def _visit(memory: PromptMemory, seen: Observed, settings: MemoryConfig, step: i
 
     def all_moments(squares: torch.Tensor) -> np.ndarray:
         degrees = found.within_degrees + single.sum()
-        return forget * memory.moments + torch.stack(found._replace(within=squares.sum(), within_degrees=degrees)).numpy()
+        return (
+            forget * memory.moments + torch.stack(found._replace(within=squares.sum(), within_degrees=degrees)).numpy()
+        )
 
     learned = memory.model(memory_var)
     model = learned or replace(memory, moments=all_moments(squares)).model(memory_var)
@@ -238,7 +240,9 @@ def _visit(memory: PromptMemory, seen: Observed, settings: MemoryConfig, step: i
     evidence = forget * memory.evidence
     told = visits.known & (weight > 0)
     if told.any():
-        evidence = evidence + _log_likelihood(visits, means - rise_by_others, noise, init_var)[:, told].sum(dim=1).numpy()
+        evidence = (
+            evidence + _log_likelihood(visits, means - rise_by_others, noise, init_var)[:, told].sum(dim=1).numpy()
+        )
     after = replace(
         memory.store(labels, step, deviation + gain * error + rise_by_others - rise, (1 - gain) * var),
         step=step,

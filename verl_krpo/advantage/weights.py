@@ -20,8 +20,8 @@ def score_weights(log_prob: torch.Tensor, mask: torch.Tensor, loss_agg_mode: str
     """w of every response, (rows,) float64, from log pi of its tokens (rows, tokens); 0 where no token is observed.
 
     mask: (rows, tokens), bool or 0/1, true where a token is the response's own; nothing else is read. loss_agg_mode:
-    how verl's loss adds tokens up. A log-prob of -inf is a token of probability 0. ValueError names the row and token of
-    a NaN, and an unknown mode.
+    how verl's loss adds tokens up. A log-prob of -inf is a token of probability 0. ValueError names the row and token
+    of a NaN, and an unknown mode.
     """
     if log_prob.shape != mask.shape:
         raise ValueError(f"log_prob has shape {tuple(log_prob.shape)}, mask {tuple(mask.shape)}")

@@ -9,8 +9,8 @@ Every function takes
     observations   (rows, time), any real dtype
     mask           (rows, time), bool or 0/1, true where something was observed; None: everywhere
     model          LocalLevel, its parameters numbers or (rows,) tensors
-    weights        (rows, time) >= 0, a noise of its own for every observation, v_i ~ N(0, R / w_i): one of weight 0 tells
-                   nothing, but is a step of time; None: R everywhere
+    weights        (rows, time) >= 0, a noise of its own for every observation, v_i ~ N(0, R / w_i): one of weight 0
+                   tells nothing, but is a step of time; None: R everywhere
 
 and returns float64. A masked position is no observation and no step of time: nothing there is read, the state does not
 drift, and `filtered` and `smoothed` give the belief about the last observed state before it (or x_0). Gradients flow.
@@ -130,7 +130,7 @@ def _product(a: Belief, b: Belief) -> Belief:
 def _observed(
     observations: torch.Tensor, mask: Mask, model: LocalLevel, weights: Weights
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Observations in float64, 0 under the mask, the mask as bool, and R / w_i; ValueError for a wrong shape or value."""
+    """Observations in float64, 0 under the mask; the mask as bool; R / w_i. ValueError for a wrong shape or value."""
     if observations.ndim != 2 or observations.is_complex():
         shape = f"{tuple(observations.shape)} of {observations.dtype}"
         raise ValueError(f"observations must be a real (rows, time) tensor, got {shape}")
@@ -158,5 +158,7 @@ def _check_weights(weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     weights = torch.where(mask, weights, 1).double()
     if (wrong := ~((weights >= 0) & weights.isfinite())).any():
         row, column = wrong.nonzero()[0].tolist()
-        raise ValueError(f"weights={weights[row, column].item()} in row {row}, column {column}: must be finite and >= 0")
+        raise ValueError(
+            f"weights={weights[row, column].item()} in row {row}, column {column}: must be finite and >= 0"
+        )
     return weights

@@ -45,7 +45,9 @@ def _register_groups(config_store: ModuleType) -> None:
 
     store = config_store.ConfigStore.instance()
     for name, estimator in ESTIMATORS.items():
-        store.store(group="algorithm", name=name, package="algorithm", node={"adv_estimator": name, name: estimator.keys})
+        store.store(
+            group="algorithm", name=name, package="algorithm", node={"adv_estimator": name, name: estimator.keys}
+        )
     store.store(
         group="actor",
         name="kpo",

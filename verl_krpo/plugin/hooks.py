@@ -132,7 +132,7 @@ HOOKS = (
             module,
             name,
             around,
-            why="krpo's memory knows a prompt in another epoch and lasts as long as the checkpoints; weights fit the loss",
+            why="a memory knows a prompt in another epoch and lasts as long as the checkpoints; weights fit the loss",
             until="verl tells estimators which prompt a row answers, and lets plugins save and load",
             needed=False,  # an estimator with weights or a memory notices
         )

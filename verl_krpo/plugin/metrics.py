@@ -17,7 +17,7 @@ verl gives an advantage estimator no way to report anything. So the estimator le
 where the trainer has log-probs, with w_i = sum over the tokens of (1 - pi_t)^2 whatever `weight` says,
 
     krpo/score_weight_cv                 standard deviation of w_i over their mean
-    krpo/gradient_var_over_rloo          sum w_i (r_i - b_i)^2 over the same with RLOO's b_i: the variance of the gradient,
+    krpo/gradient_var_over_rloo          sum w_i (r_i - b_i)^2 over the same with RLOO's b_i: variance of the gradient,
                                          RLOO = 1; left out where b_i knows r_i (causal, posterior, smoothed)
     krpo/gradient_var_over_none          the same with b_i = 0
 
@@ -147,7 +147,9 @@ def _model(estimate: Estimate, visit: Visit | None, settings: Any) -> dict[str, 
     return result
 
 
-def _memory(visit: Visit, settings: MemoryConfig, labels: Any, fit: torch.Tensor, fits: torch.Tensor) -> dict[str, float]:
+def _memory(
+    visit: Visit, settings: MemoryConfig, labels: Any, fit: torch.Tensor, fits: torch.Tensor
+) -> dict[str, float]:
     visits = visit.before.recall(labels, visit.step)
     known = visits.known
     result = {"krpo/memory_prompts": len(visit.after), "krpo/memory_known": known.double().mean().item()}
@@ -159,9 +161,7 @@ def _memory(visit: Visit, settings: MemoryConfig, labels: Any, fit: torch.Tensor
     return result
 
 
-def record(
-    estimate: Estimate, settings: Any, scores: torch.Tensor | None = None, visit: Visit | None = None
-) -> None:
+def record(estimate: Estimate, settings: Any, scores: torch.Tensor | None = None, visit: Visit | None = None) -> None:
     """Keep an estimate until the next log."""
     _pending.append(Record(estimate, settings, scores, visit))
 
