@@ -204,7 +204,7 @@ class KpoConfig:
         _validate(self, KPO_AT, rules, {"gain": Gain})
 
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Any)
 
 
 def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
@@ -214,7 +214,8 @@ def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
     """
     if isinstance(node, cls):
         return node
-    values = cast(dict, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node or {}))
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    values = dict(cast(Mapping, plain or {}))
     values.pop("_target_", None)
     try:
         return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values)))

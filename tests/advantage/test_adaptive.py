@@ -56,7 +56,7 @@ REWARD = torch.tensor([[0.0, 1.0, 0.3], [1.0, 0.0, 0.0], [0.0, 0.5, 1.0]], dtype
 
 
 def outcomes(sizes):
-    """Every outcome of a batch with sizes[g] answers to prompt g: its chance, prompts, rewards, scores, their squares."""
+    """Every outcome of a batch with sizes[g] answers to prompt g: its chance, prompts, rewards, scores and squares."""
     prompts = np.repeat(np.arange(len(sizes)), sizes)
     chance = ARMS.softmax(1)
     for arms in itertools.product(range(ARMS.shape[1]), repeat=len(prompts)):
