@@ -15,9 +15,7 @@ import psutil
 import pytest
 import torch
 
-from verl_krpo import krpo
-from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.config import MEMORY
+from verl_krpo.advantage.memory import PromptMemory, krpo_memory
 from verl_krpo.plugin.prompt_memory import MEMORY_FILE, prompt_id
 from verl_krpo.runs import log
 
@@ -159,7 +157,7 @@ def test_a_killed_job_goes_on_at_the_saved_step_and_remembers_its_prompts(start,
     unbroken = PromptMemory()
     for step in range(1, 7):
         rewards, prompts = rewards_and_prompts(rollouts / f"{step}.jsonl")
-        unbroken = krpo(rewards, prompts, MEMORY, memory=unbroken, step=step).memory
+        _, unbroken = krpo_memory(rewards, prompts, unbroken, step=step)
     for name, value in vars(ended).items():
         assert np.allclose(value, getattr(unbroken, name), rtol=1e-12, atol=1e-12), name
 
