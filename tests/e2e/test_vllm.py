@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
+import processes
 import pytest
 
 from verl_krpo.backends import vllm_cpu
@@ -60,11 +60,10 @@ def test_weights_follow_training_and_a_killed_job_resumes(start_job, tmp_path):
     run = [*VLLM, f"trainer.default_local_dir={tmp_path}/run", "trainer.save_freq=2", "trainer.test_freq=1000"]
     job = start_job(*run, "trainer.total_training_steps=1000", "trainer.val_before_train=true")
     job.wait_for_step(3, seconds=1000)
-    below = psutil.Process(job.process.pid).children(recursive=True)
-    assert any("VLLM" in process.name() for process in below)
+    below = processes.below(job.process.pid)
+    assert processes.below(job.process.pid, "VLLM")
     job.process.kill()
-    _, alive = psutil.wait_procs(below, timeout=120)
-    assert not alive  # no engine is left that holds memory
+    assert not processes.still_running(below, 120)  # no engine is left that holds memory
     first = job.metrics()
     assert_trained(first, list(range(1, max(first) + 1)))
     assert validated(first[0])
@@ -164,8 +163,7 @@ def test_the_recipe_of_krpo_is_killed_goes_on_and_has_nothing_left(recipe, tmp_p
     while 3 not in log.rows(run):
         assert job.process.poll() is None and time.monotonic() < deadline, job.output_file.read_text()[-6000:]
         time.sleep(0.1)
-    below = psutil.Process(job.process.pid).children(recursive=True)
-    (trainer,) = [process for process in below if "verl.trainer.main_ppo" in process.cmdline()]
+    (trainer,) = processes.below(job.process.pid, "-m verl.trainer.main_ppo")
     trainer.kill()
     assert job.wait(120).code == 137
     saved = log.saved_step(run)
