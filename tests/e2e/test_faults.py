@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import psutil
 import pytest
 import torch
@@ -60,12 +61,9 @@ def start(job_inputs, tmp_path):
     yield begun
     for process in started:
         if process.poll() is None:
-            below = psutil.Process(process.pid).children(recursive=True)
+            below = processes.below(process.pid)
             process.terminate()
-            psutil.wait_procs(below, timeout=30)
-            for other in below:
-                if other.is_running():
-                    other.kill()
+            processes.kill(processes.still_running(below, 30))
             process.wait(30)
 
 
@@ -91,8 +89,7 @@ def assert_ray_says_why(folder: Path) -> None:
 
 def child(wrapper: subprocess.Popen, name: str) -> psutil.Process:
     """The one process below the wrapper with this in its command line."""
-    found = psutil.Process(wrapper.pid).children(recursive=True)
-    (process,) = [p for p in found if name in " ".join(p.cmdline())]
+    (process,) = processes.below(wrapper.pid, name)
     return process
 
 
@@ -222,16 +219,14 @@ def cluster(tmp_path_factory, free_ports):
     # Ray makes a path for sockets below its temp dir, which must stay short: so the default, /tmp/ray.
     yield {"RAY_ADDRESS": f"127.0.0.2:{port}", "RAY_AUTH_MODE": "token"}, head, worker
     for process in (worker, head):
-        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        below = processes.below(process.pid)
         process.terminate()
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        for other in below:
-            if other.is_running():
-                other.kill()
+        processes.kill(below)
 
 
 def test_two_ray_nodes_train_and_a_lost_node_ends_the_job(start, cluster, job_inputs, tmp_path):
@@ -256,8 +251,7 @@ def test_two_ray_nodes_train_and_a_lost_node_ends_the_job(start, cluster, job_in
 
     wrapper = start(*two, **environment)
     wait_for_step(wrapper, tmp_path / "run", 2)
-    for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
-        process.kill()  # the whole node: raylet, agents, ranks
+    processes.kill([*processes.below(worker.pid), psutil.Process(worker.pid)])  # the node: raylet, agents, ranks
     assert wrapper.wait(180) not in (0, None)
     assert_ray_says_why(tmp_path / "run")
     assert "after step" in (tmp_path / "output.txt").read_text().splitlines()[-1]

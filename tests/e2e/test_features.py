@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [
-    pytest.mark.e2e,
-    pytest.mark.skipif(os.environ.get("VERL_KRPO_E2E") != "all", reason="a minute each: set VERL_KRPO_E2E=all"),
-]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 
 HERE = Path(__file__).parent
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"

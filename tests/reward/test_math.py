@@ -2,7 +2,7 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
+import processes
 import pytest
 from verl.utils.import_utils import load_extern_object
 
@@ -178,9 +178,7 @@ def test_a_thousand_answers_at_once_with_hostile_ones_and_killed_workers(spinnin
 
     with ThreadPoolExecutor(64) as threads:
         graded = threads.map(grade, rows)
-        for worker in psutil.Process().children():
-            if "reward.algebra" in " ".join(worker.cmdline()):
-                worker.kill()
+        processes.kill(processes.below(word="reward.algebra"))
         assert [row for right, row in graded if not right] == []
 
 
