@@ -1,13 +1,14 @@
 """Whether two answers are equal, part by part, by sympy. Runs in the workers of pool.py: it may take for ever.
 
-latex2sympy2_extended reads the parts. Constants are equal if 50 digits are, expressions with variables if their values
-are at a few points, all variables positive; with a | in one of them the variables are negative too. Equations are
-compared by math-verify.
+form.py splits both into parts, latex2sympy2_extended reads a part. Constants are equal if 50 digits are, expressions
+with variables if their values are at a few points: all variables are positive, or of any sign where a | is written.
+Conditions are equal if they leave the same numbers. Equations are compared by math-verify.
 """
 
 import logging
 import random
 import re
+from collections.abc import Callable
 from functools import lru_cache, reduce
 
 import sympy
@@ -37,12 +38,9 @@ _LOG = re.compile(r"\\log(?![a-z_]| _)")
 
 def equal(answer: str, truth: str) -> bool:
     """Whether two texts of equal.read are equal; False where one of them cannot be parsed."""
-    return any(_equal(_LOG.sub(log, answer), _LOG.sub(log, truth)) for log in _logs(answer + truth))
-
-
-def _logs(text: str) -> list[str]:
-    """A logarithm without a base is of base 10 or e, whichever fits, the same on both sides."""
-    return ["\\\\log", "\\\\ln"] if _LOG.search(text) else [""]
+    # A logarithm without a base is of base 10 or e, whichever fits, the same on both sides.
+    readings = ("\\\\log", "\\\\ln") if _LOG.search(answer + truth) else ("",)
+    return any(_equal(_LOG.sub(log, answer), _LOG.sub(log, truth)) for log in readings)
 
 
 def _equal(answer: str, truth: str) -> bool:
@@ -51,10 +49,8 @@ def _equal(answer: str, truth: str) -> bool:
     if verdict is not None:
         return verdict
     answer, truth = ours.latex, theirs.latex
-    if _REGION.search(answer + truth):
-        a, t = _region(answer), _region(truth)
-        if a is not None and t is not None and not (a[0].is_empty and t[0].is_empty):
-            return _same_sets(a, t)
+    if _REGION.search(answer + truth) and (verdict := _tried(_same_regions, answer, truth)) is not None:
+        return verdict
     a, t = form(answer), form(truth)
     if (a.kind, t.kind) == ("one", "one"):
         return _same_ones(answer, a, truth, t)
@@ -97,8 +93,10 @@ def _distinct(parts: Form) -> list[str]:
 
 
 def _same_ones(answer: str, a: Form, truth: str, t: Form) -> bool:
-    equations = "=" in answer and "=" in truth
-    if a.names == t.names or not equations:
+    ours, theirs = (split(side, ("=",)) for side in (answer, truth))
+    if len(ours) > len(theirs) == 1:  # whatever the answer says that it is
+        return _equal(ours[-1], truth)
+    if a.names == t.names or len(ours) == 1:
         if a.parts != (answer,) or t.parts != (truth,):
             return _equal(a.parts[0], t.parts[0])
     ratios = [split(side, (":",)) for side in (answer, truth)]
@@ -106,8 +104,8 @@ def _same_ones(answer: str, a: Form, truth: str, t: Form) -> bool:
         return all(_equal(*parts) for parts in zip(*ratios, strict=True))
     if ":" in answer + truth:
         return False
-    ours, theirs = _parsed(answer), _parsed(truth)
-    return ours is not None and theirs is not None and _same(ours, theirs, positive="|" not in answer + truth)
+    parsed = [_parsed(side) for side in (answer, truth)]
+    return None not in parsed and _same(*parsed, positive="|" not in answer + truth)
 
 
 @lru_cache(maxsize=16)  # a truth comes again with each response
@@ -115,12 +113,21 @@ def _parsed(latex: str) -> sympy.Basic | sympy.MatrixBase | None:
     latex = _PRIMED.sub(lambda found: found[1] + "_{" + "q" * len(re.findall("'|prime", found[2])) + "}", exact(latex))
     kept = {letter for letter, pattern in _OWN.items() if pattern.search(latex)}
     latex = _LETTER.sub(lambda found: found[0] if found[0] in kept else _LETTERS.get(found[0], found[0]), latex)
+    return _tried(_read, latex)
+
+
+def _read(latex: str) -> sympy.Basic | sympy.MatrixBase:
+    latex = normalize_latex(latex, _NORMALIZATION)
+    return latex2sympy(latex, is_real=True, normalization_config=None, conversion_config=_CONVERSION)
+
+
+def _tried(call: Callable, *arguments):
+    """What the call returns, None where sympy or its parser cannot do it and say so in one of their many ways."""
     try:
-        latex = normalize_latex(latex, _NORMALIZATION)
-        return latex2sympy(latex, is_real=True, normalization_config=None, conversion_config=_CONVERSION)
+        return call(*arguments)
     except MemoryError:
         raise
-    except Exception:  # the parser's many ways to say that it cannot read
+    except Exception:
         return None
 
 
@@ -136,27 +143,22 @@ def _same(answer: sympy.Basic | sympy.MatrixBase, truth: sympy.Basic | sympy.Mat
             return _same_constant(answer, truth)
         if answer == truth:
             return True
-        verdict = _same_values(answer, truth, symbols, positive)
+        verdict = _tried(_same_values, answer, truth, symbols, positive)
         if verdict is not None:
             return verdict
-    return _verified(answer, truth)
+    return _tried(_verified, answer, truth) is True
 
 
-def _verified(answer, truth) -> bool:
-    try:
-        return verify(truth, answer, numeric_precision=1000, timeout_seconds=None, raise_on_error=True)
-    except MemoryError:
-        raise
-    except Exception:  # sympy's many ways to say that it cannot compare a matrix with a set
-        return False
+def _verified(answer: sympy.Basic | sympy.MatrixBase, truth: sympy.Basic | sympy.MatrixBase) -> bool:
+    return verify(truth, answer, numeric_precision=1000, timeout_seconds=None, raise_on_error=True)
 
 
 def _same_values(answer: sympy.Expr, truth: sympy.Expr, symbols: list[sympy.Symbol], positive: bool) -> bool | None:
     """Whether both have the same value wherever they are tried; None where one of them has none, or it is zero."""
     draw, signs = random.Random(0), (1,) if positive else (1, -1)
-    for _ in range(2 if positive else 6):
+    for _ in range(4 if positive else 8):
         point = {
-            symbol: sympy.Rational(draw.randint(100, 999) * draw.choice(signs), draw.randint(100, 999))
+            symbol: sympy.Rational(draw.randint(100, 999) * draw.choice(signs), draw.choice((17, 97, 997)))
             for symbol in symbols
         }
         a, t = (side.xreplace(point).evalf(DIGITS + 10) for side in (answer, truth))
@@ -182,6 +184,19 @@ def _close(a: sympy.Expr, t: sympy.Expr) -> bool:
     return bool(abs(a - t) <= sympy.Float(10, DIGITS) ** -DIGITS * abs(t))
 
 
+def _same_regions(answer: str, truth: str) -> bool | None:
+    """Whether two conditions leave the same numbers; None where one is no condition on one variable, or none is met."""
+    ours, theirs = _region(answer), _region(truth)
+    if ours is None or theirs is None:
+        return None
+    (a, name), (t, other) = ours, theirs
+    if a.is_empty and t.is_empty:
+        return None
+    if name and other and name != other:
+        return False
+    return a == t or a.symmetric_difference(t).is_empty is True
+
+
 def _region(text: str) -> tuple[sympy.Set, set[str]] | None:
     """The numbers that conditions on one variable leave, and the variable: or joins them, a comma meets them."""
     if found := _BUILT.fullmatch(text):
@@ -193,7 +208,7 @@ def _region(text: str) -> tuple[sympy.Set, set[str]] | None:
     parsed = _parsed(re.sub(r"^[a-zA-Z] ?\\in(?![a-z])", "", text).strip())
     if isinstance(parsed, sympy.Set) and not isinstance(parsed, sympy.FiniteSet):
         return parsed.doit(), set()
-    if isinstance(parsed, Relational | sympy.And) and len(parsed.free_symbols) == 1:
+    if isinstance(parsed, Relational | sympy.And) and len(parsed.free_symbols) == 1 and not parsed.has(sympy.Set):
         return parsed.as_set(), {str(symbol) for symbol in parsed.free_symbols}
     return None
 
@@ -204,10 +219,3 @@ def _combined(combine: type[sympy.Set], parts: list[str]) -> tuple[sympy.Set, se
         return None
     sets, names = zip(*regions, strict=True)
     return (combine(*sets), set().union(*names)) if len(set().union(*names)) == 1 else None
-
-
-def _same_sets(ours: tuple[sympy.Set, set[str]], theirs: tuple[sympy.Set, set[str]]) -> bool:
-    (a, name), (t, other) = ours, theirs
-    if name and other and name != other:
-        return False
-    return a == t or a.symmetric_difference(t).is_empty is True

@@ -29,7 +29,7 @@ _NUMBERS = [
     )
 ]
 _BASED = re.compile(r"(\d[\dA-Z]*) ?(?:_|(?:\\text\{)? ?(?=base))\{?(?:\\text\{)? ?(?:base)? ?\}? ?(\d+) ?\}*")
-_PERCENT = re.compile(r" ?(?:\\?%|\\text\{ ?percent(?:age)? ?\}|percent(?:age)?)")
+_PERCENT = re.compile(r"([^%]*?) ?(?:\\?%|\\text\{ ?percent(?:age)? ?\}|percent(?:age)?)")
 _CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
@@ -53,13 +53,13 @@ _UNITS = {
         "cent cents",
         "dollar dollars",
         "mph",
-        "a.m. am",
-        "p.m. pm",
+        "a.m am",
+        "p.m pm",
     )
     for name in names.split()
 }
 _UNIT = re.compile(
-    r"(?P<value>.*[\d})])(?P<space> ?)(?P<name>\\text\{[^{}\d]*[a-zA-Z][^{}\d]*\}|[a-zA-Z][a-zA-Z. /]*)"
+    r"(?P<value>.*(?:[\d})]|\\pi))(?P<space> ?)(?P<name>\\text\{[^{}\d]*[a-zA-Z][^{}\d]*\}|[a-zA-Z][a-zA-Z. /]*)"
     r"(?P<power>\^\{\d\})?"
 )
 
@@ -91,12 +91,12 @@ def read(text: str) -> Answer:
             return Answer(found[1].lstrip("0"), base=int(found[2]))
         latex = found[1]
     unit = ""
-    without = _PERCENT.sub("", latex).strip()
-    percent, latex = without != latex, without
+    percent = _PERCENT.fullmatch(latex)
+    latex = percent[1] if percent else latex
     if (found := _UNIT.fullmatch(latex)) and _is_unit(found):
         latex, unit = found["value"], _UNITS.get(_name(found), "") + (found["power"] or "")
     value = number(latex)
-    return Answer(latex, value, value is None and _is_words(latex), unit, percent)
+    return Answer(latex, value, value is None and _is_words(latex), unit, percent is not None)
 
 
 def number(latex: str) -> Fraction | None:
@@ -120,7 +120,7 @@ def _value(found: re.Match) -> Fraction | None:
 
 
 def _name(found: re.Match) -> str:
-    return _TEXT.sub(r"\1", found["name"]).strip().lower()
+    return _TEXT.sub(r"\1", found["name"]).strip(" .").lower()
 
 
 def _is_unit(found: re.Match) -> bool:
@@ -129,7 +129,9 @@ def _is_unit(found: re.Match) -> bool:
     apart = text or bool(found["space"])
     if name in _UNITS:
         return apart or len(name) > 1
-    return number(found["value"]) is not None and (text or apart and len(name) > 3)
+    if text:  # after a value without letters of its own
+        return not re.search("[a-zA-Z]", re.sub(r"\\(?!text)[a-zA-Z]+", "", found["value"]))
+    return apart and len(name) > 3 and number(found["value"]) is not None
 
 
 def _is_words(latex: str) -> bool:
@@ -189,7 +191,7 @@ def _closed(latex: str) -> str:
 
 def exact(latex: str) -> str:
     """An expression for algebra without rounding: decimals are written as fractions, thousands without separators."""
-    latex = re.sub(r"(\([^()]*\d),(?=\d)", r"\1, ", latex)  # in parentheses a comma separates
+    latex = re.sub(r"([(\[][^()\[\]]*\d),(?=\d)", r"\1, ", latex)  # in brackets a comma separates
     latex = _THOUSANDS.sub(lambda found: re.sub("[, ]", "", found[0]), latex)
     return _DECIMALS.sub(_fraction, latex)
 

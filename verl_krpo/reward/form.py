@@ -17,7 +17,7 @@ from verl_krpo.reward.spelling import closing
 _NAME = r"\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?(?:\([a-z]\))?"
 _NAMED = re.compile(rf"({_NAME}) ?(?:=|\\in(?![a-z])) ?(?:.*[^<>\\=]= ?)?([^=]+)")  # of a=b=c the last
 _VECTOR = re.compile(rf"\(({_NAME}(?: ?, ?{_NAME})+)\) ?= ?(\(.*\))")
-_UNGROUPED = re.compile(r"\\lor|[,;:()\[\]{}]")
+_UNGROUPED = re.compile(r"\\lor|[,;:=()\[\]{}]")
 _SIGN = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)|" + _UNGROUPED.pattern)
 
 
@@ -57,7 +57,7 @@ def form(text: str) -> Form:
 
 
 def _signed(part: str) -> list[str]:
-    if "\\pm" not in part or part.startswith("\\{"):
+    if "\\pm" not in part or "\\{" in part:
         return [part]
     return [part.replace("\\pm", sign).replace("\\mp", other) for sign, other in ("+-", "-+")]
 

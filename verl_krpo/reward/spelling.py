@@ -31,8 +31,11 @@ _SPELLINGS = [
         # LaTeX
         (r"\\[dtc]frac(?![a-z])", r"\\frac"),
         (r"\\[dt]binom(?![a-z])", r"\\binom"),
-        (r"\\(?:text(?:bf|it|rm|sf|normal)|math(?:bf|it|rm|sf)|mbox|operatorname\*?)\s*\{", r"\\text{"),
+        (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\\[lc]?dots(?![a-z])", "..."),
+        (r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:bf|it|rm|sf)|mbox|operatorname\*?)\s*\{", r"\\text{"),
         (r"\\text\{ *([-+]?[\d.,]*\d) *\}", r"\1"),
+        (r"_ ?(?:\{ ?\\text\{ *(\w+) *\} ?\}|\\text\{ *(\w+) *\}|\{? ?\\(max|min) ?\}?)", r"_{\1\2\3}"),
         (r"\\text\{ *([eid]) *\}", r"\1"),
         (r"\\(?:imath|imaginaryI)(?![a-zA-Z])", "i"),
         (r"\\exponentialE(?![a-zA-Z])", "e"),
@@ -45,6 +48,7 @@ _SPELLINGS = [
         (r"\\[lr]?vert(?![a-z])", "|"),
         (r"\\leq(?:slant)?(?![a-z])|<=", r"\\le "),
         (r"\\geq(?:slant)?(?![a-z])|>=", r"\\ge "),
+        (r"\\lg(?![a-z])", r"\\log_{10}"),
         (r"\\lt(?![a-z])", "<"),
         (r"\\gt(?![a-z])", ">"),
         (r"\\neq(?![a-z])|!=", r"\\ne "),
@@ -74,11 +78,14 @@ _SPELLINGS = [
         (r"\\frac *(\d) *(?=\{)", r"\\frac{\1}"),
         (r"(\\frac *\{[^{}]*\}) *(\d)", r"\1{\2}"),
         (r"\^ *([+-]?\d+)", r"^{\1}"),
+        (r"\\binom *(\w) *(\w)", r"\\binom{\1}{\2}"),
         (r"\\sqrt *(\w)", r"\\sqrt{\1}"),
         (r" +", " "),
+        (r", ?(?:\\text\{[^{}]*\} ?)?[a-z] ?\\in ?\\mathbb\{[NZ]\}$", ""),
         (r"^ ?[=:] ?", ""),
     ]
 ]
+_WRAPPED = re.compile(r"(\\text)?\{")
 
 
 def spelled(text: str) -> str:
@@ -90,8 +97,14 @@ def spelled(text: str) -> str:
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     text = _braced(text).strip().rstrip(".,;:").strip()
-    while text.startswith("{") and closing(text, 0) == len(text) - 1:
-        text = text[1:-1].strip()
+    while found := _WRAPPED.match(text):
+        if (
+            closing(text, found.end() - 1) != len(text) - 1
+            or found[1]
+            and not re.search(r"[\\/^]", text[found.end() :])
+        ):
+            break
+        text = text[found.end() : -1].strip()
     return text
 
 
