@@ -3,6 +3,7 @@
 import pytest
 
 from verl_krpo.reward import math as reward
+from verl_krpo.reward.spelling import spelled
 
 # Under each kind: what is equal, in pairs (answer, truth), then what is not.
 KINDS = {
@@ -133,6 +134,8 @@ KINDS = {
             ("(3, 1)", "(1, 3)"),
             ("((1,2),3)", "(1,(2,3))"),
             ("(1,2)", "x=2, y=1"),
+            ("x=1 or x=2", "(1,2)"),
+            ("x=1, y=2", "[1,2]"),
         ],
     ),
     "assignments": (
@@ -289,6 +292,52 @@ KINDS = {
             ("cot(x)", r"\tan x"),
         ],
     ),
+    "what an answer says that it is": (
+        [
+            ("a+b=5", "5"),
+            (r"\angle ABC = 90^\circ", "90"),
+            ("P(X>2) = 0.3", "0.3"),
+            (r"6 = 2\times 3", "6"),
+            (r"\sum_{i=1}^{3} i = 6", "6"),
+            ("n=2k, k \\in \\mathbb{Z}", "2k"),
+            ("y-2=3(x-1)", "y=3x-1"),
+            ("xy=1", r"y=\frac{1}{x}"),
+            (r"x = (-\infty, 2) \cup (3, \infty)", r"(-\infty, 2) \cup (3, \infty)"),
+            (r"x=\frac{-b\pm\sqrt{c}}{2}", r"\frac{-b+\sqrt{c}}{2}, \frac{-b-\sqrt{c}}{2}"),
+            (r"2\sqrt{3}\text{ units}", r"\sqrt{12}"),
+            (r"18+2\pi\text{ units}", r"2\pi+18"),
+            (r"\mathbf{\frac{1}{2}}", r"\frac12"),
+        ],
+        [
+            ("a+b=6", "5"),
+            ("x=2", "x^2=4"),
+            ("y-2=3(x-1)", "y=3x"),
+            (r"3\text{ hours 20 minutes}", "3"),
+            (r"[2,12] \cup [12,102]", r"(2,12) \cup (12,102)"),
+            (r"\text{(B) } 5", "B"),
+        ],
+    ),
+    "subscripts and binomials": (
+        [
+            ("v_{max}", r"v_{\text{max}}"),
+            (r"v_{\max}", r"v_\text{max}"),
+            ("x_i+1", "1+x_{i}"),
+            (r"{n \choose 2}", r"\frac{n(n-1)}{2}"),
+            (r"\binom52", "10"),
+            (r"1,2,\ldots,10", r"1,2,\dots,10"),
+            (r"-\lg 250", r"-\log_{10} 250"),
+        ],
+        [("x_1", "x_2"), ("x_{12}", "x_{21}"), (r"\binom{n}{2}", r"\binom{n}{3}"), ("1,2,...,10", "1,2,...,11")],
+    ),
+    "complex numbers": (
+        [
+            ("|3+4i|", "5"),
+            (r"\frac{1}{1+i}", r"\frac{1-i}{2}"),
+            (r"\cos\theta+i\sin\theta", r"e^{i\theta}"),
+            (r"\sqrt{-4}", "2i"),
+        ],
+        [(r"\cos\theta-i\sin\theta", r"e^{i\theta}"), ("i", "-i"), ("2i", "-2")],
+    ),
     "positive variables": (
         [
             (r"\ln x^2", r"2\ln x"),
@@ -312,6 +361,8 @@ KINDS = {
             ("-x", "|x|"),
             (r"\lfloor x \rfloor", "x"),
             ("10^{-60}x", "0"),
+            (r"\sqrt{x^2-2x+1}", "x-1"),
+            ("a+c", "2b"),
         ],
     ),
 }  # fmt: skip
@@ -403,3 +454,9 @@ PAIRS = [
 def test_pairs(response, truth, right):
     result = reward.compute_score("math", response, truth)
     assert (result["score"], result["ungraded"]) == (float(right), 0.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spelling_again_changes_nothing(kind):
+    texts = {text for pairs in KINDS[kind] for pair in pairs for text in pair}
+    assert [text for text in texts if spelled(spelled(text)) != spelled(text)] == []

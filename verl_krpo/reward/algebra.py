@@ -69,7 +69,9 @@ def _same_tuples(a: Form, t: Form) -> bool:
     if a.names and t.names:
         values = dict(zip(a.names, a.parts, strict=True))
         return all(_equal(values[name], part) for name, part in zip(t.names, t.parts, strict=True))
-    if not a.names and not t.names and (a.kind != t.kind or len(a.parts) == 2 and a.brackets != t.brackets):
+    if a.kind != t.kind and not (a if a.kind == "tuple" else t).names:
+        return False
+    if len(a.parts) == 2 and (a.brackets or "()") != (t.brackets or "()"):  # intervals
         return False
     return all(_equal(*parts) for parts in zip(a.parts, t.parts, strict=True))
 

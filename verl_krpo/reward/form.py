@@ -16,7 +16,7 @@ from verl_krpo.reward.spelling import closing
 
 _NAME = r"\\?[a-zA-Z]+(?:_(?:\w|\{[^{}]*\}))?(?:\([a-z]\))?"
 _NAMED = re.compile(rf"({_NAME}) ?(?:=|\\in(?![a-z])) ?(?:.*[^<>\\=]= ?)?([^=]+)")  # of a=b=c the last
-_VECTOR = re.compile(rf"\(({_NAME}(?: ?, ?{_NAME})+)\) ?= ?(\(.*\))")
+_VECTOR = re.compile(rf"\(({_NAME}(?: ?, ?{_NAME})+)\) ?= ?\((.*)\)")
 _UNGROUPED = re.compile(r"\\lor|[,;:=()\[\]{}]")
 _SIGN = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)|" + _UNGROUPED.pattern)
 
@@ -34,47 +34,46 @@ class Form:
 def form(text: str) -> Form:
     """The form of a text of spelling.spelled."""
     if found := _VECTOR.fullmatch(text):
-        names, values = split(found[1]), split(found[2][1:-1])
+        names, values = split(found[1]), split(found[2], grouped=False)
         if len(names) == len(values):
             return Form("tuple", tuple(values), tuple(names), "()")
-    parts = [signed for part in split(text) for signed in _signed(part)]
+    parts = _signed(split(text))
     if len(parts) > 1:
         return _list(parts)
-    if text.startswith(("(", "[", "\\{")):
-        opened = 2 if text[0] == "\\" else 1
-        end = closing(text, opened - 1)
-        if end == len(text) - 1:
-            inner = text[opened : end - (opened == 2)].strip()
-            inside = [signed for part in split(inner, grouped=False) for signed in _signed(part)]
-            if opened == 2:
-                return Form("set", tuple(inside))
-            if len(inside) > 1:
-                return Form("tuple", tuple(inside), brackets=text[0] + text[-1])
-            return form(inner) if text[0] == "(" and inner else Form("one", (text,))
+    opened = re.match(r"\\\{|[(\[]", text)
+    if opened and closing(text, opened.end() - 1) == len(text) - 1:
+        inner = text[opened.end() : -len(opened[0])]
+        inside = _signed(split(inner, grouped=False))
+        if opened[0] == "\\{":
+            return Form("set", tuple(inside))
+        if len(inside) > 1:
+            return Form("tuple", tuple(inside), brackets=text[0] + text[-1])
+        if opened[0] == "(" and inside:
+            return form(inner.strip())
     if found := _NAMED.fullmatch(text):
         return Form("one", (found[2].strip(),), (found[1],))
     return Form("one", (text,))
 
 
-def _signed(part: str) -> list[str]:
-    if "\\pm" not in part or "\\{" in part:
-        return [part]
-    return [part.replace("\\pm", sign).replace("\\mp", other) for sign, other in ("+-", "-+")]
-
-
 def _list(parts: list[str]) -> Form:
     assigned = [_NAMED.fullmatch(part) for part in parts]
-    if not assigned[0]:
-        return Form("list", tuple(parts))
-    name = assigned[0][1]
-    if all(assigned):
-        values, names = (tuple(found[i].strip() for found in assigned) for i in (2, 1))
-        if len(set(names)) == len(names):
-            return Form("tuple", values, names)
-        return Form("list", values, names) if set(names) == {name} else Form("list", tuple(parts))
-    if not any(assigned[1:]) and not any("=" in part for part in parts[1:]):  # x = 1, 2
-        return Form("list", (assigned[0][2].strip(), *parts[1:]), (name,) * len(parts))
+    names = tuple(found[1] for found in assigned if found)
+    if assigned[0] and len(names) == 1 and not any("=" in part for part in parts[1:]):  # x = 1, 2
+        names *= len(parts)
+    if len(names) == len(parts) and len(set(names)) in (1, len(parts)):
+        values = tuple(found[2].strip() if found else part for found, part in zip(assigned, parts, strict=True))
+        return Form("list" if len(set(names)) == 1 else "tuple", values, names)
     return Form("list", tuple(parts))
+
+
+def _signed(parts: list[str]) -> list[str]:
+    """With two parts for one that has a \\pm, outside of braces."""
+    signs = (("+", "-"), ("-", "+"))
+    return [
+        part.replace("\\pm", sign).replace("\\mp", other)
+        for part in parts
+        for sign, other in (signs if "\\pm" in part and "\\{" not in part else signs[:1])
+    ]
 
 
 def split(text: str, separators: tuple[str, ...] = (",", ";", "\\lor"), grouped: bool = True) -> list[str]:
