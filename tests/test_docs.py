@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from verl_krpo.advantage import ESTIMATORS
 from verl_krpo.advantage.krpo import krpo
-from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.config import MEMORY, KpoConfig, KrpoConfig
+from verl_krpo.advantage.memory import PromptMemory, krpo_memory
+from verl_krpo.config import KPO_AT, KpoConfig, KrpoConfig, MemoryConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md")) + [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-CONFIGS = {"algorithm.krpo": KrpoConfig, "policy_loss.kpo": KpoConfig}
+CONFIGS = {f"algorithm.{name}": estimator.keys for name, estimator in ESTIMATORS.items()} | {KPO_AT: KpoConfig}
 CPU_JOB = """#!/usr/bin/env bash
 exec python -m verl_krpo check algorithm.adv_estimator=grpo data.train_batch_size=32 trainer.n_gpus_per_node=1 \
     actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n=8 \
@@ -106,6 +107,20 @@ def test_the_notebook_runs():
     exec("\n".join(code), {})
 
 
+def test_the_two_answers_of_which_variance_are_as_the_page_says():
+    page = runpy.run_path(str(ROOT / "scripts" / "which_variance.py"))
+    for chance in (0.1, 0.5, 0.9):
+        for baseline in (0.0, 0.3, chance, 1 - chance):
+            # the gradient of a right and of a wrong answer, and their variance
+            right, wrong = (1 - baseline) * (1 - chance), baseline * chance
+            mean = chance * right + (1 - chance) * wrong
+            var = chance * (right - mean) ** 2 + (1 - chance) * (wrong - mean) ** 2
+            assert mean == pytest.approx(chance * (1 - chance))
+            assert page["exact"](torch.tensor(chance), baseline).item() == pytest.approx(var, abs=1e-7)
+    found = page["drawn"](0.7)
+    assert sorted(found, key=found.get) == ["krpo_adaptive weight=score", "none", "krpo_adaptive", "rloo"]
+
+
 def experiments():
     """Config of recipes/config, and overrides, of every training command of the paper index, each once."""
     jobs = {}
@@ -131,7 +146,8 @@ def test_the_commands_of_the_papers_compose_and_validate(compose, job):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_key_that_a_page_names_exists(page):
     for at, cls in CONFIGS.items():
-        keys = set(re.findall(rf"(?<!verl_krpo\.){re.escape(at)}\.([a-z_]+)", page.read_text()))
+        short = at.removeprefix("actor_rollout_ref.actor.")
+        keys = set(re.findall(rf"(?<!verl_krpo\.){re.escape(short)}\.([a-z_]+)", page.read_text()))
         assert keys <= set(cls.__dataclass_fields__), f"{page.name}: no such keys of {at}"
 
 
@@ -150,9 +166,11 @@ def test_every_metric_is_in_the_glossary():
     from verl_krpo.plugin import loss, metrics
 
     rewards, index = torch.tensor([1.0, 0, 0, 1, 1]), ["a", "a", "b", "b", "c"]
-    logged = set(metrics.scalars(krpo(rewards, index, KrpoConfig()), KrpoConfig()))
-    memory = krpo(rewards, index, MEMORY, memory=PromptMemory()).memory
-    logged |= set(metrics.scalars(krpo(rewards, index, MEMORY, memory=memory), MEMORY))
+    logged = set(metrics.scalars(krpo(rewards, index), KrpoConfig()))
+    _, before = krpo_memory(rewards, index, PromptMemory())
+    estimate, after = krpo_memory(rewards, index, before)
+    visit = metrics.Visit(before, after, after.step)
+    logged |= set(metrics.scalars(estimate, MemoryConfig(), torch.ones(5), visit))
     config = SimpleNamespace(policy_loss={}, clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
     config.global_batch_info = {}
     ones = torch.ones(2, 3)
