@@ -15,14 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from verl_krpo.advantage import ESTIMATORS
+from verl_krpo import advantage
+from verl_krpo.advantage import ESTIMATORS, Estimator
 from verl_krpo.advantage.krpo import krpo
 from verl_krpo.advantage.memory import PromptMemory, krpo_memory
 from verl_krpo.config import KPO_AT, KpoConfig, KrpoConfig, MemoryConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md")) + [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = sorted(DOCS.glob("*.md")) + [ROOT / "README.md", CONTRIBUTING]
 CONFIGS = {f"algorithm.{name}": estimator.keys for name, estimator in ESTIMATORS.items()} | {KPO_AT: KpoConfig}
 CPU_JOB = """#!/usr/bin/env bash
 exec python -m verl_krpo check algorithm.adv_estimator=grpo data.train_batch_size=32 trainer.n_gpus_per_node=1 \
@@ -32,8 +34,8 @@ exec python -m verl_krpo check algorithm.adv_estimator=grpo data.train_batch_siz
 """
 
 
-def blocks(page):
-    return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+def blocks(page, language="bash"):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def bash(script, cwd, timeout, **env):
@@ -101,10 +103,32 @@ def test_the_readme_and_the_quickstart_agree_on_the_two_commands():
     assert set(first) <= set(readme)
 
 
-def test_the_notebook_runs():
-    code = re.findall(r"```python\n(.*?)```", (DOCS / "notebook.md").read_text(), re.DOTALL)
-    assert len(code) >= 5
+@pytest.mark.parametrize("page, least", [("notebook.md", 7), ("memory.md", 1)])
+def test_the_python_of_a_page_runs(page, least, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks(DOCS / page, "python")
+    assert len(code) >= least
     exec("\n".join(code), {})
+
+
+def test_the_baseline_of_contributing_is_four_files_and_verl_can_call_it(monkeypatch):
+    from verl_krpo.plugin import estimator, metrics
+
+    files = dict(re.match(r"# (\S+)\n(.*)", code, re.DOTALL).groups() for code in blocks(CONTRIBUTING, "python"))
+    assert len(files) == 4
+    registered = dict(ESTIMATORS)
+    names = {"ESTIMATORS": registered, "Estimator": Estimator}
+    for code in files.values():
+        exec(code, names)
+    names["test_the_own_reward_is_left_out"]()
+
+    monkeypatch.setattr(estimator, "ESTIMATORS", registered)
+    monkeypatch.setattr(advantage, "ESTIMATORS", registered)
+    metrics.discard()  # of tests before
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+    found, _ = estimator.compute_advantage("median", rewards, torch.ones(3, 2), {}, ["a", "a", "a"])
+    assert found[:, 0].tolist() == [0.5, -1.0, 0.5]
+    assert metrics.drain()["krpo/advantage_std"] == pytest.approx(0.5**0.5)
 
 
 def test_the_two_answers_of_which_variance_are_as_the_page_says():
