@@ -18,8 +18,10 @@ from verl_krpo.plugin import metrics
 from verl_krpo.policy_loss import kpo
 
 PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("configuration.md", "metrics.md")]
-# Plain symbols of the docstrings, perhaps compared with 0: Q/R, m0, P0, kappa, x_{i|i-1}, K_1.
-SYMBOL = re.compile(r"\b(?:Q/R|[QR]|[mP]0|kappa|[A-Za-z]_(?:\{[^{}]+\}|\w))(?!\w)(?: >=? 0)?")
+# Plain symbols of the docstrings, alone, with others, or compared with 0: P0, kappa, x_{i|i-1}, Q/R, r - b.
+ATOM = r"\b(?:[QRwrb]|[mP]0|kappa|[A-Za-z]_(?:\{[^{}]+\}|\w))(?!\w)"
+TERM = rf"{ATOM}(?: ?[-/] ?{ATOM})*"
+FORMULA = re.compile(rf"sum {ATOM} \({TERM}\)\^2|{TERM}(?: >=? 0)?")
 
 
 def keys(cls: type) -> str:
@@ -62,10 +64,10 @@ def maths(text: str) -> str:
     """A docstring's text in a cell: on one line, its symbols as formulas."""
 
     def formula(found: re.Match) -> str:
-        symbol = re.sub(r"\b([mP])0", r"\1_0", found[0]).replace(">=", r"\ge").replace("|", r"\vert ")
-        return f"${symbol.replace('kappa', chr(92) + 'kappa')}$"
+        symbols = re.sub(r"\b(kappa|sum)\b", r"\\\1", re.sub(r"\b([mP])0", r"\1_0", found[0]))
+        return f"${symbols.replace('>=', chr(92) + 'ge').replace('|', chr(92) + 'vert ')}$"
 
-    return SYMBOL.sub(formula, " ".join(text.split())).replace("|", r"\|")
+    return FORMULA.sub(formula, " ".join(text.split())).replace("|", r"\|")
 
 
 def written(page: str) -> str:
