@@ -65,8 +65,9 @@ def _equal_forms(answer: str, truth: str) -> bool:
     a, t = form(answer), form(truth)
     if (a.kind, t.kind) == ("one", "one"):
         return _same_ones(answer, a, truth, t)
-    if len(a.parts) == 1 and a.parts != (answer,) or len(t.parts) == 1 and t.parts != (truth,):
-        return _equal(a.parts[0] if len(a.parts) == 1 else answer, t.parts[0] if len(t.parts) == 1 else truth)
+    inside = [side.parts[0] if len(side.parts) == 1 else text for side, text in ((a, answer), (t, truth))]
+    if inside != [answer, truth]:  # x = (1, 2), \{2\}
+        return _equal(*inside)
     if a.names and t.names and set(a.names) != set(t.names):
         return False
     if "tuple" in (a.kind, t.kind):
