@@ -180,6 +180,11 @@ KINDS = {
             (r"(-\infty,\infty)", r"\mathbb{R}"),
             (r"x \in \mathbb{R}", r"\mathbb R"),
             ("x > 1, y > 2", "y > 2, x > 1"),
+            ("2x > 4", "x > 2"),
+            ("x > 1, x > 2", "x > 2"),
+            (r"\{x \in \mathbb{R} \mid x^2 < 4\}", "(-2,2)"),
+            (r"\{1,2,3\} \cap \{2,3,4\}", r"\{2,3\}"),
+            (r"(1,2) \setminus \{\frac32\}", r"(1,1.5) \cup (1.5,2)"),
             ("x = 1 or x > 2", r"\{1\}\cup(2,\infty)"),
         ],
         [
@@ -194,6 +199,8 @@ KINDS = {
             (r"\{x \mid x > 2\}", r"x \ge 2"),
             (r"\mathbb{R}", r"\mathbb{Z}"),
             ("x > 1, y > 2", "x > 2, y > 1"),
+            (r"\{x \in \mathbb{Z} \mid x > 2\}", "x > 2"),
+            (r"(-\infty,0) \cup \{1\}", r"(-\infty,0) \cup \{2\}"),
         ],
     ),
     "division by zero": (
@@ -310,6 +317,7 @@ KINDS = {
         ],
         [
             ("a+b=6", "5"),
+            ("2x-y+1=0", "0"),
             ("x=2", "x^2=4"),
             ("y-2=3(x-1)", "y=3x"),
             (r"3\text{ hours 20 minutes}", "3"),
