@@ -1,5 +1,6 @@
 """replay: verl's rollout files read back, and the estimators' own numbers."""
 
+import dataclasses
 import json
 import math
 import re
@@ -13,12 +14,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from verl_krpo.advantage.krpo import krpo
+from verl_krpo.advantage import ESTIMATORS, krpo, krpo_memory, settings_of
 from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.config import ADAPTIVE, MEMORY, PRESETS, KrpoConfig
-from verl_krpo.lab.simulate.memory import Training
+from verl_krpo.config import KrpoConfig, Weight
 from verl_krpo.replay import page, recompute, rollouts
-from verl_krpo.replay.recompute import METHODS, advantages, replay, settings_from
+from verl_krpo.replay.recompute import CONTROLS, INFORMED, METHODS, advantages, replay, settings_from
 
 
 def rollout(step, prompt, session, score, output=0, **more):
@@ -120,6 +120,82 @@ def test_damaged_lines_are_counted_named_and_left_out(folder):
     assert run.totals["krpo"].squares == clean.totals["krpo"].squares
 
 
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_neutral_lines_are_a_prompts_visits(tmp_path):
+    rows = [
+        {"prompt_id": "a_1_2", "step": 4, "rewards": [0, 1], "score_weights": [0.5, 2]},
+        {"prompt_id": 7, "step": 4, "rewards": [0.25], "score_weights": [1]},
+        {"prompt_id": 7, "step": 6, "rewards": [1, 1, 1], "score_weights": [0, 0, 1]},
+    ]
+    (one, other), reading = read_all(write_lines(tmp_path / "run.jsonl", rows))
+    assert (one.number, one.rewards.tolist(), list(one.names)) == (4, [0, 1, 0.25], ["a_1_2", "a_1_2", "7"])
+    assert list(one.prompts) == list(one.names) and one.weights[Weight.score].tolist() == [0.5, 2, 1]
+    assert (other.number, other.rewards.tolist()) == (6, [1, 1, 1])
+    assert (reading.damaged, reading.by_text, reading.kinds) == (0, False, (Weight.score,))
+
+
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        ({"rewards": []}, "rewards is [], not a list of finite numbers"),
+        ({"rewards": [True]}, "rewards is [True]"),
+        ({"rewards": [1, None]}, "rewards is [1, None]"),
+        ({"rewards": [1], "prompt_id": None}, "prompt_id is None"),
+        ({"rewards": [1, 0], "score_weights": [1]}, "2 numbers >= 0"),
+        ({"rewards": [1], "score_weights": [-1]}, "1 numbers >= 0"),
+        ({"rewards": [1], "step": "x"}, "step is 'x'"),
+        ({"rewards": [1]}, "no log-probs or score weights"),
+    ],
+)
+def test_a_wrong_neutral_line_says_what_is_wrong(tmp_path, row, why):
+    good = {"prompt_id": "a", "step": 1, "rewards": [1], "score_weights": [1]}
+    _, reading = read_all(write_lines(tmp_path / "run.jsonl", [good, {"prompt_id": "a", "step": 1} | row]))
+    assert reading.damaged == 1 and why in reading.examples[0]
+
+
+@pytest.mark.parametrize("name", ["log_probs", "rollout_log_probs"])
+def test_weights_come_from_the_log_probs_of_a_response(tmp_path, name):
+    """Those of all outputs of a session add up."""
+    rows = [
+        rollout(1, "p", 0, 0.0, **{name: [math.log(0.5), math.log(0.9)]}),
+        rollout(1, "p", 0, 0.0, output=1, **{name: [math.log(0.2)]}),
+        rollout(1, "p", 1, 1.0, **{name: [0.0]}),
+        rollout(1, "p", 2, 1.0),
+        rollout(1, "p", 2, 1.0, **{name: ["a"]}),
+    ]
+    (step,), reading = read_all(write_steps(tmp_path, rows))
+    assert step.weights[Weight.score] == pytest.approx([0.25 + 0.01 + 0.64, 0])
+    assert step.weights[Weight.length].tolist() == [3, 1]
+    assert [example.split(": ")[1][:20] for example in reading.examples] == [
+        "no log-probs or scor",
+        f"{name} is not a list"[:20],
+    ]
+
+
+def test_a_number_does_for_the_log_probs(tmp_path):
+    rows = [rollout(1, "p", k, 0.0, score_weight=weight) for k, weight in enumerate([0.5, 2, -1])]
+    (step,), reading = read_all(write_steps(tmp_path, rows))
+    assert step.weights[Weight.score].tolist() == [0.5, 2] and reading.damaged == 1
+    assert set(replay(tmp_path).methods) == {*METHODS, "krpo_adaptive_score", "krpo_memory_score"}
+
+
+def test_opo_is_verls():
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    rng = np.random.default_rng(0)
+    prompts, lengths = np.repeat(np.arange(5), [1, 2, 4, 3, 2]).astype(object), torch.from_numpy(rng.integers(1, 9, 12))
+    mask = (torch.arange(9) < lengths[:, None]).float()
+    rewards = torch.from_numpy(rng.random(12)).float()
+    tokens = torch.zeros(12, 9).scatter_(1, lengths[:, None] - 1, rewards[:, None])
+    expected, _ = get_adv_estimator_fn("opo")(token_level_rewards=tokens, response_mask=mask, index=prompts)
+    found = advantages("opo", rewards.double(), prompts, KrpoConfig(), {Weight.length: lengths.double()})
+    torch.testing.assert_close(found.float(), expected[:, 0], rtol=2e-6, atol=1e-6)
+
+
 def test_nothing_readable_is_an_error_that_names_the_lines(tmp_path):
     (tmp_path / "1.jsonl").write_text("nonsense\n")
     with pytest.raises(ValueError, match=r"1 lines are damaged\)\n.*1.jsonl:1"):
@@ -128,24 +204,18 @@ def test_nothing_readable_is_an_error_that_names_the_lines(tmp_path):
         replay(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "krpo_memory"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in (*INFORMED, *CONTROLS)])
 def test_the_advantages_are_those_of_verls_registry(folder, method):
     import verl  # noqa: F401
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
-    adaptive = {k: getattr(v, "value", v) for k, v in vars(ADAPTIVE).items()}
     run = replay(folder)
     for step, row in zip(read_all(folder)[0], run.per_step, strict=True):
         rewards = torch.from_numpy(step.rewards)
         tokens = torch.zeros(len(rewards), 5)
         tokens[:, -1] = rewards
         kwargs = dict(token_level_rewards=tokens, response_mask=torch.ones(len(rewards), 5), index=step.prompts)
-        name, settings = {
-            "krpo": ("krpo", {}),
-            "krpo_adaptive": ("krpo", {"krpo": adaptive}),
-            "jspo": ("krpo", {"krpo": {"baseline": "jspo", "scale": "none"}}),
-        }.get(method, (method, None))
-        expected, _ = get_adv_estimator_fn(name)(**kwargs, **({} if settings is None else {"config": settings}))
+        expected, _ = get_adv_estimator_fn(method)(**kwargs, **({"config": {}} if method in ESTIMATORS else {}))
         found = advantages(method, rewards, step.prompts, KrpoConfig())
         torch.testing.assert_close(found.float(), expected[:, 0], rtol=2e-6, atol=1e-6)
         assert row[method]["std"] == pytest.approx(expected[:, 0].std(correction=0).item(), rel=1e-5)
@@ -175,7 +245,7 @@ def test_order_matters_for_the_published_form_alone(folder):
     assert share["grpo"] == share["rloo"] == share["jspo"] == share["krpo_adaptive"] == 0
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo", "jspo", "krpo_adaptive"])
+@pytest.mark.parametrize("method", ["grpo", "rloo", *CONTROLS, "jspo", "krpo_adaptive"])
 def test_the_others_do_not_know_the_order(folder, method):
     (step, *_), _ = read_all(folder)
     rewards, order = torch.from_numpy(step.rewards), np.random.default_rng(1).permutation(len(step.rewards))
@@ -238,7 +308,7 @@ def test_variances_are_within_a_percent_of_the_truth(law, members, adaptive):
     from verl_krpo.lab.simulate.simulate import LAWS
 
     rng, run = np.random.default_rng(5), recompute.Replay("simulated", KrpoConfig(), rollouts.Reading())
-    methods = [method for method in METHODS if method != "krpo_memory"]
+    methods = [method for method in METHODS if method not in INFORMED]
     truth = dict.fromkeys(methods, np.zeros(2))
     prompts = np.repeat([f"p{g}" for g in range(64)], members).astype(object)
     for number in range(120):
@@ -248,6 +318,8 @@ def test_variances_are_within_a_percent_of_the_truth(law, members, adaptive):
         for method in methods:
             a = advantages(method, torch.from_numpy(rewards), prompts, run.settings).numpy()
             truth[method] = truth[method] + [np.mean(a**2), np.mean(a * (rewards - theta))]
+    for method in CONTROLS:  # E[A (r - theta)] is rloo's, where it has less noise: no baseline has the own reward in it
+        truth[method] = np.array([truth[method][0], truth["rloo"][1]])
     noise_per_signal = {method: 120 * square / signal**2 for method, (square, signal) in truth.items()}
     for method in methods:
         true = noise_per_signal[method] / noise_per_signal["rloo"]
@@ -258,10 +330,47 @@ def test_variances_are_within_a_percent_of_the_truth(law, members, adaptive):
         assert run.variance("krpo_adaptive") == pytest.approx(adaptive, rel=0.01)
 
 
+def test_with_score_weights_the_variance_is_the_gradients():
+    """Two answers, the right one with probability p: the squares of their scores are (1 - p)^2 and p^2.
+
+    Their baselines leave the own reward out, so E[A (r - p)] = p (1 - p) / scale.
+    """
+    rng, size = np.random.default_rng(7), 3
+    run = recompute.Replay("simulated", KrpoConfig(), rollouts.Reading(kinds=(Weight.score,)))
+    chance = np.linspace(0.3, 0.9, 64)[:, None].repeat(size, axis=1)  # the same at every visit
+    names = np.array([f"p{g}" for g in range(64)], dtype=object).repeat(size)
+    unscaled, truth = ("rloo", *CONTROLS, "jspo"), dict.fromkeys(("rloo", *CONTROLS, "jspo", *INFORMED), np.zeros(2))
+    for number in range(1, 101):
+        right = rng.random(chance.shape) < chance
+        weights = np.where(right, 1 - chance, chance).ravel() ** 2
+        step = rollouts.Step(number, right.ravel().astype(float), names, names, {Weight.score: weights})
+        rewards, noise = torch.from_numpy(step.rewards), (chance * (1 - chance)).ravel()
+        before = run.memories.copy()
+        for method in truth:
+            if method in unscaled:
+                a, signal = advantages(method, rewards, names, run.settings), noise
+            else:
+                found = recompute._informed(run, method, rewards, step, torch.from_numpy(weights))
+                scale = found.groups.scatter((found.baseline_var + found.scale_var).sqrt())
+                a, signal = found.advantages(), noise / scale.numpy()
+            truth[method] = truth[method] + [weights @ a.square().numpy(), signal.sum()]
+        run.memories = before
+        recompute.add(run, step, rng)
+    noise_per_signal = {method: square / signal**2 for method, (square, signal) in truth.items()}
+    for method in truth:
+        true = noise_per_signal[method] / noise_per_signal["rloo"]
+        assert (method, run.variance(method)) == (method, pytest.approx(true, rel=0.02))
+    assert run.variance("krpo_adaptive_score") < 0.95 * run.variance("krpo_adaptive")
+    assert run.variance("krpo_memory_score") < 0.85 * run.variance("krpo_memory")
+    assert page.verdict(run)[1].startswith("Variance of the gradient, rloo = 1: krpo_memory_score 0.")
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_memorys_variance_is_that_of_the_true_chances(size):
     """Prompts that recur and drift: E[A^2] / E[A (r - p)]^2 over RLOO's, where E[A (r - p)] = p (1 - p) / scale, and
     RLOO's E[A^2] = p (1 - p) n / (n - 1). In pairs the estimate itself has a standard error of 1 %."""
+    from verl_krpo.lab.simulate.memory import Training
+
     rng, run = np.random.default_rng(6), recompute.Replay("simulated", KrpoConfig(), rollouts.Reading())
     memory, sums = PromptMemory(), np.zeros(3)
     training = Training(rise=0, pool=512, batch=128, steps=120)
@@ -269,14 +378,14 @@ def test_the_memorys_variance_is_that_of_the_true_chances(size):
         uids = np.repeat([f"{number}-{g}" for g in range(len(p))], size).astype(object)
         step = rollouts.Step(number, rewards.ravel(), uids, prompts.repeat(size).astype(str).astype(object))
         recompute.add(run, step, rng)
-        found = krpo(torch.from_numpy(step.rewards), step.names, MEMORY, memory=memory, step=number)
-        memory, noise = found.memory, (p * (1 - p)).repeat(size)
-        inverse = found.groups.scatter(1 / (found.baseline_var + found.prior.scale_var[:, None]).sqrt()).numpy()
+        found, memory = krpo_memory(torch.from_numpy(step.rewards), step.names, memory, step=number)
+        noise = (p * (1 - p)).repeat(size)
+        inverse = found.groups.scatter(1 / (found.baseline_var + found.scale_var).sqrt()).numpy()
         sums += [(found.advantages() ** 2).sum(), (inverse * noise).sum(), noise.sum()]
     true = sums[0] / sums[1] ** 2 * sums[2] * (size - 1) / size
     assert run.variance("krpo_memory") == pytest.approx(true, rel=0.02 if size == 2 else 0.01)
     assert run.variance("krpo_memory") < 0.95 * run.variance("krpo_adaptive")
-    assert len(run.memory) == 512
+    assert len(run.memories["krpo_memory"]) == 512
 
 
 def test_the_memory_goes_from_step_to_step_and_knows_a_prompt_by_its_text(tmp_path):
@@ -291,18 +400,18 @@ def test_the_memory_goes_from_step_to_step_and_knows_a_prompt_by_its_text(tmp_pa
     run = replay(write_steps(tmp_path / "named", rows))
     memory = PromptMemory()
     for step in read_all(tmp_path / "named")[0]:
-        found = krpo(torch.from_numpy(step.rewards), step.names, MEMORY, memory=memory, step=step.number)
-        memory = found.memory
+        found, memory = krpo_memory(torch.from_numpy(step.rewards), step.names, memory, step=step.number)
         assert run.per_step[[1, 2, 10].index(step.number)]["krpo_memory"]["std"] == pytest.approx(
             found.advantages().std(correction=0).item()
         )
-    assert (len(run.memory), run.memory.step, run.named) == (6, 10, True)
-    assert ("prompts", "6 by their text, each 3 times") in page.facts(run)
+    remembered = run.memories["krpo_memory"]
+    assert (len(remembered), remembered.step, run.named) == (6, 10, True)
+    assert ("prompts", "6, each 3 times") in page.facts(run)
 
     for row in rows:
         del row["input"]
     run = replay(write_steps(tmp_path / "unnamed", rows))
-    assert (len(run.memory), run.named) == (18, False)
+    assert (len(run.memories["krpo_memory"]), run.named) == (18, False)
     assert any("knows none of them again" in value for _, value in page.facts(run))
 
 
@@ -312,21 +421,24 @@ def test_the_verdict_names_the_rewards_the_methods_and_the_key(tmp_path):
     assert re.fullmatch(r"groups of 6, rewards 0/1, \d+\.\d % of the groups without signal\.", first)
     assert few_steps == "From 4 steps: too few for intervals." and "krpo (published) 1." in variances
     _, variances, advice = page.verdict(replay(many))
-    assert advice == "To use krpo_adaptive, add: +algorithm=krpo_adaptive"
+    assert advice == "To use krpo_adaptive, add: algorithm.adv_estimator=krpo_adaptive"
     assert re.search(r"krpo_adaptive 0\.9\d \[0\.\d\d, 0\.\d\d\]", variances)
-    assert variances.endswith("]: do not use.")
+    assert re.search(r"krpo \(published\) 1\.\d\d \[[\d., ]+\]: do not use", variances)
+    assert variances.startswith("Variance of the rewards (no log-probs here to tell the gradient's), rloo = 1: ")
 
 
 def test_every_key_of_a_verdict_composes(compose):
-    from verl_krpo.config import krpo_settings
-
     for method, key in page.KEYS.items():
         algorithm = compose(*key.split()).algorithm
-        if method in ("grpo", "rloo"):
-            assert algorithm.adv_estimator == method
-        else:
-            expected = {"jspo": recompute.JSPO, **PRESETS}[method]
-            assert (algorithm.adv_estimator, krpo_settings(algorithm)) == ("krpo", expected)
+        name = method.removesuffix("_score")
+        assert algorithm.adv_estimator == name
+        if name in ESTIMATORS:
+            settings = settings_of(name, algorithm)
+            default = ESTIMATORS[name].keys()
+            assert settings == (default if name == method else dataclasses.replace(default, weight=Weight.score))
+    assert set(page.KEYS) == {*METHODS, *(method for kind in recompute.WEIGHTED.values() for method in kind)} - {
+        *CONTROLS
+    }
 
 
 def test_the_terminal_report_fits_80_columns(folder, tmp_path):
@@ -337,6 +449,25 @@ def test_the_terminal_report_fits_80_columns(folder, tmp_path):
     assert "…" not in text
     for method in METHODS:
         assert re.search(rf"^{method} +[\d.]+ +[\d.]+ ", text, re.M)
+
+
+def test_runs_with_weights_and_without_are_one_report(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [row | {"log_probs": (-rng.random(3)).tolist()} for row in bernoulli()]
+    runs = [replay(folder), replay(write_steps(tmp_path / "weighted", rows))]
+    assert set(runs[1].methods) - set(runs[0].methods) == {"krpo_adaptive_score", "krpo_memory_score", "opo"}
+    assert runs[1].totals["krpo_adaptive"].squares == runs[0].totals["krpo_adaptive"].squares
+    console = Console(width=80, record=True, file=open(tmp_path / "out", "w"))
+    page.show(runs, console)
+    text, html = console.export_text(), page.html(runs)
+    assert "Variance of the gradient, rloo = 1" in text and "Variance of the rewards (no log-probs" in text
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert html.count("data:image/svg+xml;base64,") == 2 * 5
+
+
+def test_weights_that_a_run_does_not_have_are_named(folder):
+    with pytest.raises(ValueError, match="--krpo weight=score: the rollouts have no such weights"):
+        replay(folder, settings_from(["weight=score"]))
 
 
 def test_the_page_loads_nothing(folder):

@@ -3,14 +3,15 @@
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from verl_krpo import __version__
-from verl_krpo.config import KrpoConfig
-from verl_krpo.replay.recompute import HISTOGRAM_EDGES, METHODS, PLACES_KEPT, RANDOM_ORDERS, Replay
+from verl_krpo.advantage import ESTIMATORS
+from verl_krpo.config import KrpoConfig, Weight
+from verl_krpo.replay.recompute import HISTOGRAM_EDGES, PLACES_KEPT, RANDOM_ORDERS, Replay
 from verl_krpo.report import figure
 
 COLUMNS = ("std", "max", "order", "first", "last", "no signal", "variance")
@@ -21,16 +22,15 @@ EXPLAINED = {
     "first": "mean size of the advantage of the first member of a group",
     "last": "the same of the last member; equal to the first's where the place does not matter",
     "no signal": "mean size of the advantage in groups whose rewards are all equal",
-    "variance": "variance of the policy gradient at equal expected length, rloo = 1; below 1 is better",
+    "variance": "noise per signal, rloo = 1; below 1 is better. Where rollouts have log-probs or score weights w it is "
+    "the variance of the policy gradient at equal expected length, E[w A^2]; where not, that of the rewards around the "
+    "baseline, E[A^2], which is the gradient's only if right and wrong answers have scores of one size",
+    "_score": "the estimator with weight=score",
 }
-# What selects each method in a verl job.
-KEYS = {
-    "grpo": "algorithm.adv_estimator=grpo",
-    "rloo": "algorithm.adv_estimator=rloo",
-    "krpo": "algorithm.adv_estimator=krpo",
-    "jspo": "+algorithm=krpo algorithm.krpo.baseline=jspo algorithm.krpo.scale=none",
-    "krpo_adaptive": "+algorithm=krpo_adaptive",
-    "krpo_memory": "+algorithm=krpo_memory",
+# What selects each method in a verl job; the controls are no methods of verl's.
+KEYS = {name: f"algorithm.adv_estimator={name}" for name in ("grpo", "rloo", "opo", *ESTIMATORS)}
+KEYS |= {
+    f"{name}_score": f"+algorithm={name} algorithm.{name}.weight=score" for name in ("krpo_adaptive", "krpo_memory")
 }
 TOO_MUCH = 1.05  # variance over rloo's from which a method is advised against
 
@@ -41,24 +41,31 @@ def verdict(run: Replay) -> list[str]:
     groups = f"groups of {sizes[0]}" if len(sizes) == 1 else f"groups of {sizes[0]} to {sizes[-1]}"
     signal = f"{_percent(run.equal_groups, run.groups)} of the groups without signal"
     lines = [f"{groups}, rewards {'0/1' if run.binary else 'of several values'}, {signal}."]
-    variances = {method: run.variance(method) for method in METHODS if method != "rloo"}
+    variances = {method: run.variance(method) for method in run.methods if method != "rloo"}
     if math.isnan(variances["grpo"]):
         return [*lines, "No group has a spread: nothing can be learned from these rewards under any method."]
     settings = "published" if run.settings == KrpoConfig() else "your settings"
     compared = []
     for method, value in sorted(variances.items(), key=lambda item: item[1]):
-        name = f"krpo ({settings})" if method == "krpo" else method
+        name = {"krpo": f"krpo ({settings})", "none": "no baseline"}.get(method, method)
         interval = run.interval(method)
         text = f"{name} {value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
-        compared.append(text + (": do not use" if value > TOO_MUCH else ""))
-    lines.append(f"Variance of the gradient, rloo = 1: {', '.join(compared)}.")
+        compared.append(text + (": do not use" if value > TOO_MUCH and method in KEYS else ""))
+    lines.append(f"{of_what(run)}, rloo = 1: {', '.join(compared)}.")
     if len(run.sizes) < 10:
         lines.append(f"From {len(run.sizes)} step{'s' * (len(run.sizes) > 1)}: too few for intervals.")
-    best = min(variances, key=variances.__getitem__)
+    best = min(variances.keys() & KEYS.keys(), key=variances.__getitem__)
     interval = run.interval(best)
     if interval and interval[1] >= 1 or variances[best] > 0.99:
         return [*lines, f"Nothing is clearly better than rloo here: {KEYS['rloo']}"]
     return [*lines, f"To use {best}, add: {KEYS[best]}"]
+
+
+def of_what(run: Replay) -> str:
+    """Whose variance is shown."""
+    if Weight.score in run.kinds:
+        return "Variance of the gradient"
+    return "Variance of the rewards (no log-probs here to tell the gradient's)"
 
 
 def cells(run: Replay, method: str) -> list[str]:
@@ -80,7 +87,8 @@ def facts(run: Replay) -> list[tuple[str, str]]:
         ("reward", f"mean {number(mean)}, std {number(math.sqrt(max(0.0, squares / count - mean**2)))}"),
         ("no signal", f"equal rewards in {run.equal_groups:,} groups ({_percent(run.equal_groups, run.groups)})"),
     ]
-    prompts = f"{len(run.memory):,} by their text, each {number(run.groups / max(1, len(run.memory)))} times"
+    known = len(run.memories["krpo_memory"])
+    prompts = f"{known:,}, each {number(run.groups / max(1, known))} times"
     rows.append(("prompts", prompts if run.named else "rows have no input: krpo_memory knows none of them again"))
     if run.singletons:
         rows.append(("groups of one", f"{run.singletons:,}"))
@@ -137,7 +145,7 @@ def show(runs: Sequence[Replay], console=None) -> None:
         table.add_column("advantages", no_wrap=True)
         for heading in COLUMNS:
             table.add_column(heading, justify="right")
-        for method in METHODS:
+        for method in run.methods:
             table.add_row(method, *cells(run, method))
         console.print(table)
         console.print(Text("first, last, no signal: mean size of A there; variance: rloo = 1", style="dim"))
@@ -156,18 +164,19 @@ def html(runs: Sequence[Replay]) -> str:
     from jinja2 import Environment, PackageLoader
 
     page = Environment(loader=PackageLoader("verl_krpo", "replay"), autoescape=True).get_template("page.html.j2")
-    shown = {"methods": METHODS, "columns": COLUMNS, "explained": EXPLAINED, "version": __version__}
+    methods = list(dict.fromkeys(method for run in runs for method in run.methods))
+    shown = {"methods": methods, "columns": COLUMNS, "explained": EXPLAINED, "version": __version__}
     return page.render(runs=runs, cells=cells, facts=facts, number=number, pictures=pictures, verdict=verdict, **shown)
 
 
 def pictures(run: Replay) -> list[tuple[str, str]]:
     """(title, SVG as base64) of every figure."""
     at = [row["step"] for row in run.per_step]
-    per_step = {key: {m: [row[m][key] for row in run.per_step] for m in METHODS} for key in ("std", "order")}
+    per_step = {key: {m: [row[m][key] for row in run.per_step] for m in run.methods} for key in ("std", "order")}
     reward = {"mean reward": "reward", "groups without signal": "no_signal"}
     reward = {label: [row[key] for row in run.per_step] for label, key in reward.items()}
     places = np.arange(1, 1 + min(int(np.flatnonzero(run.groups_at)[-1]) + 1, PLACES_KEPT))
-    by_place = {m: run.totals[m].by_place[: len(places)] / run.groups_at[: len(places)] for m in METHODS}
+    by_place = {m: run.totals[m].by_place[: len(places)] / run.groups_at[: len(places)] for m in run.methods}
     return [
         _lines("Mean size of the advantage by place in the group: flat where order does not matter",
                places, by_place, "place in the group", "mean |A|", log=True),
@@ -181,26 +190,35 @@ def pictures(run: Replay) -> list[tuple[str, str]]:
 
 def _lines(title: str, x, series: dict, xlabel: str, ylabel: str = "", log: bool = False) -> tuple[str, str]:
     drawn, ((axis,),) = figure.axes(1, 1, 6, 3.4)
-    colors = figure.colors(list(series))
+    colors = _colors(series)
     for name, values in series.items():
-        axis.plot(x, values, color=colors[name], label=name, marker="o" if len(x) < 10 else None, markersize=3)
+        style = {"ls": "--" if name.endswith("_score") else "-", "marker": "o" if len(x) < 10 else None}
+        axis.plot(x, values, color=colors[name], label=name, markersize=3, **style)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     if log and any(np.max(values) > 0 for values in series.values()):
         axis.set_yscale("log")
     elif not log:
         axis.set_ylim(min(0, axis.get_ylim()[0]), max(1, axis.get_ylim()[1]))
     figure.whole_steps(axis)
-    figure.legend(drawn, axis, ncols=len(series), fontsize=8)
+    figure.legend(drawn, axis, ncols=min(4, len(series)), fontsize=8)
     return _svg(title, drawn)
 
 
+def _colors(names: Iterable[str]) -> dict[str, str]:
+    """A method with weights has the color of the one without."""
+    bases = {name: name.removesuffix("_score") for name in names}
+    colors = figure.colors(list(dict.fromkeys(bases.values())))
+    return {name: colors[base] for name, base in bases.items()}
+
+
 def _distribution(title: str, run: Replay) -> tuple[str, str]:
-    drawn, axes = figure.axes(2, 3, 6, 3.4, sharex=True, sharey=True)
+    drawn, axes = figure.panels(len(run.methods), 6, 1.5, sharex=True, sharey=True)
+    colors = _colors(run.methods)
     middle = (HISTOGRAM_EDGES[1:-2] + HISTOGRAM_EDGES[2:-1]) / 2
-    for axis, method in zip(axes.flat, METHODS, strict=True):
+    for axis, method in zip(axes, run.methods, strict=True):
         counts = run.totals[method].histogram
         share = counts[1:-1] / max(1, counts.sum())
-        axis.fill_between(middle, share, step="mid", color=figure.color(method), linewidth=0)
+        axis.fill_between(middle, share, step="mid", color=colors[method], linewidth=0)
         axis.set_title(method, loc="left", fontsize=9)
         axis.set_xlim(-6, 6)
         if share.any():

@@ -1,7 +1,8 @@
 """`verl-krpo replay`: the advantages that each estimator would give to rollouts a verl job has written.
 
-The rewards of every step go through krpo itself (the published settings, or those given), krpo_adaptive, krpo_memory
-(from step to step, a prompt known by its text), jspo, and verl's formulas of grpo and rloo. Per step and over all:
+The rewards of every step go through every estimator of ours (krpo with the published settings, or those given;
+krpo_memory from step to step), verl's formulas of grpo and rloo, and two controls: `none`, A = r, and `batch_mean`, r
+less the mean of the batch's other rewards. Per step and over all:
 
     std, max       of the advantages A
     order          root mean square over the responses of the standard deviation of A under random orders of a step's
@@ -13,15 +14,19 @@ The rewards of every step go through krpo itself (the published settings, or tho
                    the reward's deviation; of two baselines b that leave the own reward out, the ratio of E(r - b)^2
     nis            mean of (r_i - x_{i|i-1})^2 / (P_{i|i-1} + R): 1 where Q, R and the prior fit
 
+Where the rollouts have score weights w, the score function is known not to be so, and `variance` is the gradient's own:
+E[w A^2] / E[A (r - m)]^2. Then three more run: krpo_adaptive and krpo_memory with these weights (`_score`), and, with
+the lengths l, verl's opo (arXiv 2505.23585): r_i - sum l r / sum l over the group.
+
 No reward is drawn anew. E[A^2] and E[A r] are means of what is there. m is not known, but E[A m] = E[A E(m | rewards)],
 and for A linear in the rewards the best linear estimate serves in the place of the conditional mean, whatever the law:
 
     m_g = w mean_g + (1 - w) mean of the step's other groups,    w = P0 / (P0 + R / n)
 
 with R and P0, the variance within and between prompts, by moments over all steps. Where the advantages of a group add
-up to zero (grpo, rloo) m drops out. What krpo_memory has learned of a prompt tells of m beyond the rewards at hand, so
-there m is not estimated; but its baseline leaves the own reward out, and E[A (r - m)] is E[(r - m)^2 / scale] whatever
-that baseline is: the group's variance over the scale.
+up to zero (grpo, rloo) m drops out. What krpo_memory has learned of a prompt, and what weights say, tells of m beyond
+the rewards at hand, so there m is not estimated; but these baselines leave the own reward out, and E[A (r - m)] is
+E[(r - m)^2 / scale] whatever the baseline is: the group's variance over the scale.
 
 Memory does not grow with the files: a step is held at a time, sums over steps, and 32 bytes a prompt for krpo_memory.
 """
@@ -34,17 +39,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from verl_krpo.advantage.groups import Groups, group
-from verl_krpo.advantage.krpo import Estimate, krpo
-from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.advantage.shrinkage import group_moments
-from verl_krpo.config import ADAPTIVE, KRPO_AT, MEMORY, Baseline, KrpoConfig, Scale, read
+from verl_krpo.advantage import ESTIMATORS
+from verl_krpo.advantage.adaptive import krpo_adaptive
+from verl_krpo.advantage.estimate import Estimate
+from verl_krpo.advantage.groups import Groups, group, moments, sum_of_others, variation
+from verl_krpo.advantage.krpo import krpo
+from verl_krpo.advantage.memory import PromptMemory, krpo_memory
+from verl_krpo.config import KrpoConfig, Weight, read
 from verl_krpo.plugin import metrics
 from verl_krpo.replay import rollouts
 from verl_krpo.report.intervals import middle, times_drawn
 
-JSPO = KrpoConfig(baseline=Baseline.jspo, scale=Scale.none)
-METHODS = ("grpo", "rloo", "krpo", "jspo", "krpo_adaptive", "krpo_memory")
+CONTROLS = ("none", "batch_mean")
+METHODS = ("grpo", "rloo", *CONTROLS, *ESTIMATORS)
+MEMORIES = ("krpo_memory", "krpo_memory_score")
+INFORMED = (*MEMORIES, "krpo_adaptive_score")  # know of m more than the rewards at hand say
+# What else runs where rollouts have such weights.
+WEIGHTED = {Weight.score: ("krpo_adaptive_score", "krpo_memory_score"), Weight.length: ("opo",)}
 RANDOM_ORDERS = 8  # random orders of a step's rows
 RESAMPLES = 1000  # of steps, for intervals
 GRPO_EPSILON = 1e-6  # verl's
@@ -66,9 +77,7 @@ class Totals:
     by_place: np.ndarray = field(default_factory=lambda: np.zeros(PLACES_KEPT))
     ends: np.ndarray = field(default_factory=lambda: np.zeros(2))
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64))
-    products: list[np.ndarray] = field(
-        default_factory=list
-    )  # per step (sizes, 4): A^2, A r, A mean_g, A mean of others
+    products: list[np.ndarray] = field(default_factory=list)  # per step (sizes, 4): see _products
 
     def std(self) -> float:
         return math.sqrt(max(0.0, self.squares / self.rows - (self.total / self.rows) ** 2)) if self.rows else math.nan
@@ -98,9 +107,9 @@ class Replay:
     settings: KrpoConfig
     reading: rollouts.Reading
     per_step: list[dict] = field(default_factory=list)
-    totals: dict[str, Totals] = field(default_factory=lambda: {method: Totals() for method in METHODS})
+    totals: dict[str, Totals] = field(default_factory=dict)
     sizes: list[np.ndarray] = field(default_factory=list)  # per step, the group sizes in it
-    moments: list[np.ndarray] = field(default_factory=list)  # per step: squares and degrees within, then between
+    moments: list[np.ndarray] = field(default_factory=list)  # per step, of a groups.Variation
     groups: int = 0
     singletons: int = 0
     equal_groups: int = 0
@@ -109,8 +118,18 @@ class Replay:
     rewards: list = field(default_factory=lambda: [0, 0.0, 0.0])  # count, sum, sum of squares
     binary: bool = True  # every reward is 0 or 1
     nis: list = field(default_factory=lambda: [0.0, 0])
-    memory: PromptMemory = field(default_factory=PromptMemory)
+    memories: dict[str, PromptMemory] = field(default_factory=lambda: dict.fromkeys(MEMORIES, PromptMemory()))
     named: bool = True  # every row has told its prompt's text
+
+    @property
+    def kinds(self) -> tuple[Weight, ...]:
+        """Of the weights that these rollouts have."""
+        return self.reading.kinds or ()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What these rollouts can run."""
+        return (*METHODS, *(method for kind in self.kinds for method in WEIGHTED[kind]))
 
     def variance(self, method: str) -> float:
         """Noise per signal, as a multiple of rloo's; NaN where no group has a spread."""
@@ -125,12 +144,12 @@ class Replay:
 
     def _variances(self, method: str, weights: np.ndarray) -> np.ndarray:
         """`variance` under every row of weights (resamples, steps)."""
-        within, degrees, between, groups, between_degrees = np.sum(self.moments, axis=0)
+        within, degrees, between, between_degrees, spread = np.sum(self.moments, axis=0)
         if within == 0:
             return np.full(len(weights), math.nan)
         noise_var = within / degrees
         rows = np.array([row["rows"] for row in self.per_step])
-        prior_var = max(0.0, (between - groups * noise_var) / between_degrees) if between_degrees else math.inf
+        prior_var = max(0.0, (between - between_degrees * noise_var) / spread) if spread else math.inf
 
         def noise_per_signal(method: str) -> np.ndarray:
             sums = []
@@ -144,20 +163,51 @@ class Replay:
         return noise_per_signal(method) / noise_per_signal("rloo")
 
 
-def advantages(method: str, rewards: torch.Tensor, prompts: np.ndarray, settings: KrpoConfig) -> torch.Tensor:
-    """Advantages (rows,) of rewards (rows,) by one of METHODS that has no memory."""
-    if method in ("grpo", "rloo"):
-        return _by_group_mean(method, rewards, group(prompts, torch.ones(len(rewards), dtype=torch.bool)))
-    return krpo(rewards, prompts, {"krpo_adaptive": ADAPTIVE, "jspo": JSPO}.get(method, settings)).advantages()
+def advantages(
+    method: str,
+    rewards: torch.Tensor,
+    prompts: np.ndarray,
+    settings: KrpoConfig,
+    weights: dict[Weight, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Advantages (rows,) of rewards (rows,) by a method that is not of INFORMED. settings: those of krpo."""
+    weights = weights or {}
+    if method == "krpo":
+        return krpo(rewards, prompts, settings, _chosen(settings, weights)).advantages()
+    if method in ESTIMATORS:
+        return ESTIMATORS[method].estimate(rewards, prompts).advantages()
+    if method == "none":
+        return rewards
+    if method == "batch_mean":
+        deviation = rewards - rewards[0]  # from one of them: equal rewards give exactly 0
+        return (deviation - deviation.mean()) * len(rewards) / max(1, len(rewards) - 1)
+    groups = group(prompts, torch.ones(len(rewards), dtype=torch.bool))
+    return _by_group_mean(method, rewards, groups, weights)
 
 
-def _by_group_mean(method: str, rewards: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """verl's grpo and rloo, which leave the reward of a group of one as it is. (verl's own would bring 200 MB.)"""
+def _chosen(settings: KrpoConfig, weights: dict[Weight, torch.Tensor]) -> torch.Tensor | None:
+    """The weights that krpo's settings ask for."""
+    if settings.weight != Weight.none and settings.weight not in weights:
+        raise ValueError(
+            f"--krpo weight={settings.weight.value}: the rollouts have no such weights, give them log_probs or a "
+            "score_weight in every line"
+        )
+    return weights.get(settings.weight)
+
+
+def _by_group_mean(
+    method: str, rewards: torch.Tensor, groups: Groups, weights: dict[Weight, torch.Tensor]
+) -> torch.Tensor:
+    """verl's grpo, rloo and opo, which leave the reward of a group of one as it is. (verl's own would bring 200 MB.)"""
     values, sizes = groups.gather(rewards), groups.sizes[:, None]
+    counts = groups.gather(weights[Weight.length]) if method == "opo" else groups.mask.double()
     deviation = torch.where(groups.mask, values - values[:, :1], 0.0)  # from one of them: equal rewards give exactly 0
-    deviation = torch.where(groups.mask, deviation - deviation.sum(dim=1, keepdim=True) / sizes, 0.0)
+    mean = (counts * deviation).sum(dim=1, keepdim=True) / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    deviation = torch.where(groups.mask, deviation - mean, 0.0)
     if method == "rloo":
         advantage = deviation * sizes / (sizes - 1).clamp(min=1)
+    elif method == "opo":
+        advantage = deviation
     else:
         std = (deviation.square().sum(dim=1, keepdim=True) / (sizes - 1).clamp(min=1)).sqrt()
         advantage = deviation / (std + GRPO_EPSILON)
@@ -184,9 +234,10 @@ def replay(
 
 def add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
     """One step under every method."""
-    rewards = torch.from_numpy(step.rewards)
-    arrived = group(step.prompts, torch.ones(len(rewards), dtype=torch.bool))
-    estimate = krpo(rewards, step.prompts, result.settings)
+    rewards, prompts = torch.from_numpy(step.rewards), step.prompts
+    weights = {kind: torch.from_numpy(values) for kind, values in step.weights.items()}
+    arrived = group(prompts, torch.ones(len(rewards), dtype=torch.bool))
+    estimate = krpo(rewards, prompts, result.settings, _chosen(result.settings, weights))
     equal = _add_groups(result, rewards, arrived)
     nis = metrics.scalars(estimate, result.settings).get("krpo/nis", math.nan)
     if not math.isnan(nis):
@@ -194,49 +245,51 @@ def add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
         result.nis[1] += len(rewards)
     row = {"step": step.number, "reward": rewards.mean().item(), "rows": len(rewards), "nis": nis}
     row["no_signal"] = equal.double().mean().item()
+    result.named &= step.names is not None
 
     orders = [rng.permutation(len(rewards)) for _ in range(RANDOM_ORDERS)]
     of_rows = arrived.scatter(equal[:, None].expand_as(arrived.mask))
-    products = _products(rewards, arrived, result)
-    for method in METHODS:
-        if method == "krpo_memory":
-            remembered = _remember(result, rewards, step)
-            a = remembered.advantages()
-            sums = products(a, _signal(remembered))
+    products = _products(rewards, arrived, result, weights.get(Weight.score))
+    for method in result.methods:
+        if method in INFORMED:
+            informed = _informed(result, method, rewards, step, weights.get(Weight.score))
+            a, signal = informed.advantages(), _signal(informed)
         else:
-            a = advantages(method, rewards, step.prompts, result.settings)
-            sums = products(a)
+            a, signal = advantages(method, rewards, prompts, result.settings, weights), None
         order = 0.0
         if method == "krpo":  # the others' formulas know no order
-            order = _order_variance(method, rewards, step.prompts, result.settings, orders)
-        result.totals[method].add(a, estimate.groups if method == "krpo" else arrived, of_rows, order)
-        result.totals[method].products.append(sums)
+            order = _order_variance(rewards, prompts, result.settings, weights, orders)
+        totals = result.totals.setdefault(method, Totals())
+        totals.add(a, estimate.groups if method == "krpo" else arrived, of_rows, order)
+        totals.products.append(products(a, signal))
         spread = a.std(correction=0).item()
         row[method] = {"std": spread, "order": math.sqrt(order) / spread if spread else 0.0}
     result.per_step.append(row)
 
 
-def _remember(result: Replay, rewards: torch.Tensor, step: rollouts.Step) -> Estimate:
-    """krpo_memory after all steps before, where a step that goes back counts as the last one.
+def _informed(
+    result: Replay, method: str, rewards: torch.Tensor, step: rollouts.Step, scores: torch.Tensor | None
+) -> Estimate:
+    """A method of INFORMED. A memory has seen all steps before, where a step that goes back counts as the last one.
 
-    Without names no prompt is known again.
+    Without names it knows no prompt again.
     """
-    result.named &= step.names is not None
-    names = step.prompts if step.names is None else step.names
-    estimate = krpo(rewards, names, MEMORY, memory=result.memory, step=max(step.number, result.memory.step))
-    assert estimate.memory is not None
-    result.memory = estimate.memory
+    weights = scores if method.endswith("_score") else None
+    if method not in MEMORIES:
+        return krpo_adaptive(rewards, step.prompts, weights=weights)
+    memory, names = result.memories[method], step.prompts if step.names is None else step.names
+    number = max(step.number, memory.step)
+    estimate, result.memories[method] = krpo_memory(rewards, names, memory, weights=weights, step=number)
     return estimate
 
 
 def _signal(estimate: Estimate) -> torch.Tensor:
     """(rows,) whose sum estimates that of A (r - m): the variance of the own group, or of all, over the scale."""
     groups, degrees = estimate.groups, estimate.groups.sizes - 1
-    _, squares = group_moments(estimate.rewards - estimate.rewards[:, :1], groups)
+    _, squares = moments(estimate.rewards, groups.mask.double())
     pooled = squares.sum() / degrees.sum().clamp(min=1)
     var = torch.where(degrees > 0, squares / degrees.clamp(min=1), pooled)
-    scale = (estimate.baseline_var + estimate.prior.scale_var[:, None]).sqrt()
-    return groups.scatter(var[:, None] / scale)
+    return groups.scatter(var[:, None] / (estimate.baseline_var + estimate.scale_var).sqrt())
 
 
 def _add_groups(result: Replay, rewards: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -255,19 +308,19 @@ def _add_groups(result: Replay, rewards: torch.Tensor, groups: Groups) -> torch.
     return equal
 
 
-def _products(rewards: torch.Tensor, groups: Groups, result: Replay) -> Callable[..., np.ndarray]:
-    """Keep the step's moments; the function that sums A^2, A r, A mean_g, A mean of the other groups by group size.
+def _products(
+    rewards: torch.Tensor, groups: Groups, result: Replay, weights: torch.Tensor | None
+) -> Callable[..., np.ndarray]:
+    """Keep the step's moments; the function that sums w A^2, A r, A mean_g, A mean of the other groups by group size.
 
     Given the signal too, it takes that in the place of A r, and of the other two 0.
     """
-    values, sizes = groups.gather(rewards), groups.sizes.double()
-    means = values.sum(dim=1) / sizes
-    count = sizes.sum()
-    within = ((values - means[:, None]) * groups.mask).square().sum()
-    between = (sizes * (means - rewards.mean()).square()).sum()
-    degrees = count - sizes.square().sum() / count
-    result.moments.append(np.array([within, count - len(sizes), between, len(sizes) - 1, degrees], dtype=np.float64))
-    others = torch.where(count > sizes, (count * rewards.mean() - sizes * means) / (count - sizes).clamp(min=1), means)
+    values, sizes, members = groups.gather(rewards), groups.sizes.double(), groups.mask.double()
+    found = variation(values - rewards.mean(), members, torch.sum)
+    result.moments.append(np.array([float(x) for x in found]))
+    means, _ = moments(values, members)
+    known = sum_of_others(sizes)
+    others = torch.where(known > 0, sum_of_others(sizes * means) / known, means)
 
     def rows(value: torch.Tensor) -> np.ndarray:
         return groups.scatter(value[:, None].expand_as(groups.mask)).numpy()
@@ -275,20 +328,24 @@ def _products(rewards: torch.Tensor, groups: Groups, result: Replay) -> Callable
     present, at = np.unique(rows(sizes), return_inverse=True)
     result.sizes.append(present)
     factors = rewards.numpy(), rows(means), rows(others)
+    weighed = 1.0 if weights is None else weights.numpy()
 
     def sums(a: torch.Tensor, signal: torch.Tensor | None = None) -> np.ndarray:
         a = a.numpy()
         products = [a * factor for factor in factors] if signal is None else [signal.numpy(), 0 * a, 0 * a]
-        return np.stack([np.bincount(at, weights=product) for product in (a * a, *products)], axis=1)
+        return np.stack([np.bincount(at, weights=product) for product in (weighed * a * a, *products)], axis=1)
 
     return sums
 
 
-def _order_variance(method: str, rewards: torch.Tensor, prompts: np.ndarray, settings: KrpoConfig, orders) -> float:
-    """Mean over the rows of the variance of A under the given orders of the rows."""
+def _order_variance(
+    rewards: torch.Tensor, prompts: np.ndarray, settings: KrpoConfig, weights: dict[Weight, torch.Tensor], orders
+) -> float:
+    """Mean over the rows of the variance of krpo's A under the given orders of the rows."""
     drawn = torch.empty(len(orders), len(rewards), dtype=torch.float64)
     for i, order in enumerate(orders):
-        drawn[i, order] = advantages(method, rewards[order], prompts[order], settings)
+        moved = {kind: values[order] for kind, values in weights.items()}
+        drawn[i, order] = advantages("krpo", rewards[order], prompts[order], settings, moved)
     return drawn.var(dim=0, correction=1).mean().item()
 
 
@@ -304,4 +361,4 @@ def settings_from(assignments: list[str]) -> KrpoConfig:
     wrong = [item for item in assignments if "=" not in item]
     if wrong:
         raise ValueError(f"--krpo {wrong[0]}: write KEY=VALUE, for example process_var=3e-5")
-    return read(KrpoConfig, OmegaConf.from_dotlist(assignments), KRPO_AT)
+    return read(KrpoConfig, OmegaConf.from_dotlist(assignments), "algorithm.krpo")
