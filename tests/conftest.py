@@ -2,6 +2,7 @@
 
 import random
 import socket
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,28 @@ settings.register_profile("suite", deadline=None)  # a busy machine fails no tes
 settings.load_profile("suite")
 
 ROOT = Path(__file__).parents[1]
+LEFT_OUT = pytest.StashKey[list[str]]()
+
+
+def pytest_deselected(items):
+    config = items[0].config
+    left_out = [item.nodeid for item in items if item.get_closest_marker("e2e")]
+    config.stash[LEFT_OUT] = config.stash.get(LEFT_OUT, []) + left_out
+    if hasattr(config, "workeroutput"):  # in a process of xdist: its parent prints the summary
+        config.workeroutput["left_out"] = config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", [])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    left_out = Counter(name.split("::")[0] for name in config.stash.get(LEFT_OUT, []))
+    if left_out:
+        files = ", ".join(f"{file} {count}" for file, count in sorted(left_out.items()))
+        terminalreporter.write_sep("=", f'{left_out.total()} real verl runs left out by -m "{config.option.markexpr}"')
+        terminalreporter.write_line(f"{files}. They run by `bash scripts/test.sh all`.")
 
 
 @pytest.fixture

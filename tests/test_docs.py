@@ -86,7 +86,13 @@ def test_every_block_of_add_it_to_your_job_runs_in_a_users_environment(user):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("block", blocks(DOCS / "quickstart.md"))
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, marks=pytest.mark.nightly if place >= 2 else [])
+        for place, block in enumerate(blocks(DOCS / "quickstart.md"))
+    ],
+)
 def test_every_block_of_the_quickstart_runs(block, tmp_path):
     """As it stands there, made short from outside: two steps of training, one test of the suite."""
     env = {"STEPS": "2", "RUN_DIR": str(tmp_path / "run"), "RAY_ADDRESS": "local"}

@@ -105,7 +105,7 @@ def test_the_log_still_carries_the_metrics_once(decorated, tmp_path, monkeypatch
     from verl_krpo.plugin.estimator import compute_advantage
 
     monkeypatch.setenv("VERL_FILE_LOGGER_ROOT", str(tmp_path))
-    compute_advantage(torch.tensor([[1.0], [0.0]]), torch.ones(2, 1), None, ["a", "a"])
+    compute_advantage("krpo", torch.tensor([[1.0], [0.0]]), torch.ones(2, 1), None, ["a", "a"])
     log = Tracking("project", "run", ["file"])
     log.log(data={"actor/loss": 1.0}, step=1)
     log.finish()

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar, cast
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 NumberOrWord = int | float | str  # the words are "batch" and "auto"
 BATCH = "batch"
 AUTO = "auto"
@@ -214,6 +211,9 @@ def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
     """
     if isinstance(node, cls):
         return node
+    from omegaconf import OmegaConf  # here: the estimators themselves run without it
+    from omegaconf.errors import OmegaConfBaseException
+
     plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     values = dict(cast(Mapping, plain or {}))
     values.pop("_target_", None)

@@ -1,8 +1,6 @@
 import math
-import os
-import signal
 
-import psutil
+import processes
 import pytest
 
 pytestmark = pytest.mark.e2e
@@ -66,12 +64,11 @@ def test_servers_of_their_own_get_the_weights(verl_job):
     assert all(metrics["training/off_policy/trajectory_staleness/max"] > 0 for metrics in later)
 
 
-@pytest.mark.parametrize("lost", ["HfServer", "AgentLoopWorker"])
+@pytest.mark.parametrize("lost", ["HfServer", pytest.param("AgentLoopWorker", marks=pytest.mark.nightly)])
 def test_a_lost_process_ends_the_job(start_job, lost):
     job = start_job(*PLAIN, "trainer.total_training_steps=1000", "trainer.test_freq=-1")
     job.wait_for_step(1, seconds=180)
-    running = psutil.Process(job.process.pid).children(recursive=True)
-    os.kill(next(p.pid for p in running if f"ray::{lost}" in p.name()), signal.SIGKILL)
+    processes.below(job.process.pid, f"ray::{lost}")[0].kill()
     done = job.wait(60)
     assert done.code != 0
     assert "lost" in done.output or "ActorDiedError" in done.output

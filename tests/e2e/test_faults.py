@@ -11,13 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import psutil
 import pytest
 import torch
 
-from verl_krpo import krpo
-from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.config import MEMORY
+from verl_krpo.advantage.memory import PromptMemory, krpo_memory
 from verl_krpo.plugin.prompt_memory import MEMORY_FILE, prompt_id
 from verl_krpo.runs import log
 
@@ -62,12 +61,9 @@ def start(job_inputs, tmp_path):
     yield begun
     for process in started:
         if process.poll() is None:
-            below = psutil.Process(process.pid).children(recursive=True)
+            below = processes.below(process.pid)
             process.terminate()
-            psutil.wait_procs(below, timeout=30)
-            for other in below:
-                if other.is_running():
-                    other.kill()
+            processes.kill(processes.still_running(below, 30))
             process.wait(30)
 
 
@@ -93,8 +89,7 @@ def assert_ray_says_why(folder: Path) -> None:
 
 def child(wrapper: subprocess.Popen, name: str) -> psutil.Process:
     """The one process below the wrapper with this in its command line."""
-    found = psutil.Process(wrapper.pid).children(recursive=True)
-    (process,) = [p for p in found if name in " ".join(p.cmdline())]
+    (process,) = processes.below(wrapper.pid, name)
     return process
 
 
@@ -159,7 +154,7 @@ def test_a_killed_job_goes_on_at_the_saved_step_and_remembers_its_prompts(start,
     unbroken = PromptMemory()
     for step in range(1, 7):
         rewards, prompts = rewards_and_prompts(rollouts / f"{step}.jsonl")
-        unbroken = krpo(rewards, prompts, MEMORY, memory=unbroken, step=step).memory
+        _, unbroken = krpo_memory(rewards, prompts, unbroken, step=step)
     for name, value in vars(ended).items():
         assert np.allclose(value, getattr(unbroken, name), rtol=1e-12, atol=1e-12), name
 
@@ -224,16 +219,14 @@ def cluster(tmp_path_factory, free_ports):
     # Ray makes a path for sockets below its temp dir, which must stay short: so the default, /tmp/ray.
     yield {"RAY_ADDRESS": f"127.0.0.2:{port}", "RAY_AUTH_MODE": "token"}, head, worker
     for process in (worker, head):
-        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        below = processes.below(process.pid)
         process.terminate()
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        for other in below:
-            if other.is_running():
-                other.kill()
+        processes.kill(below)
 
 
 def test_two_ray_nodes_train_and_a_lost_node_ends_the_job(start, cluster, job_inputs, tmp_path):
@@ -258,8 +251,7 @@ def test_two_ray_nodes_train_and_a_lost_node_ends_the_job(start, cluster, job_in
 
     wrapper = start(*two, **environment)
     wait_for_step(wrapper, tmp_path / "run", 2)
-    for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
-        process.kill()  # the whole node: raylet, agents, ranks
+    processes.kill([*processes.below(worker.pid), psutil.Process(worker.pid)])  # the node: raylet, agents, ranks
     assert wrapper.wait(180) not in (0, None)
     assert_ray_says_why(tmp_path / "run")
     assert "after step" in (tmp_path / "output.txt").read_text().splitlines()[-1]

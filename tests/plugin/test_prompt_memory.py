@@ -5,10 +5,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_krpo.advantage.krpo import krpo
-from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.config import MEMORY
-from verl_krpo.plugin import hooks, metrics, prompt_memory
+from verl_krpo.advantage.memory import PromptMemory, krpo_memory
+from verl_krpo.plugin import hooks, metrics, prompt_memory, scores
 from verl_krpo.plugin.estimator import compute_advantage
 from verl_krpo.plugin.prompt_memory import prompt_id
 
@@ -19,15 +17,15 @@ IMAGE = [{"role": "user", "content": [{"type": "image", "image": object()}, {"ty
 @pytest.fixture(autouse=True)
 def no_run(monkeypatch):
     monkeypatch.setattr(prompt_memory, "_run", None)
+    monkeypatch.setattr(scores, "_loss_agg_mode", None)
     yield
     metrics.discard()
 
 
 def job(tmp_path, **trainer):
     settings = {"default_local_dir": str(tmp_path), "resume_mode": "auto", "resume_from_path": None} | trainer
-    return OmegaConf.create(
-        {"algorithm": {"adv_estimator": "krpo_memory"}, "trainer": settings},
-    )
+    actor = {"actor_rollout_ref": {"actor": {"loss_agg_mode": "token-mean"}}}
+    return OmegaConf.create({"algorithm": {"adv_estimator": "krpo_memory"}, "trainer": settings, **actor})
 
 
 def trainer_of(module: str, name: str, config, step: int):
@@ -89,21 +87,21 @@ def test_prompts_of_verls_data_set_in_any_order(tmp_path):
 @pytest.mark.parametrize(("module", "name"), TRAINERS)
 def test_a_checkpoint_keeps_the_memory_to_the_bit(module, name, tmp_path, monkeypatch, capsys):
     trainer = trainer_of(module, name, job(tmp_path), 0)
-    hooks.begin_memory(lambda trainer: None, trainer)
+    hooks.begin(lambda trainer: None, trainer)
     assert len(prompt_memory.run().memory) == 0
-    memory = krpo(torch.tensor([0.0, 1.0, 1.0]), ["a", "b", "b"], MEMORY, memory=PromptMemory(), step=7).memory
+    _, memory = krpo_memory(torch.tensor([0.0, 1.0, 1.0]), ["a", "b", "b"], PromptMemory(), step=7)
     prompt_memory.run().memory, trainer.global_steps = memory, 7
     hooks.save_memory(lambda trainer: None, trainer)
 
     resumed = trainer_of(module, name, job(tmp_path), None)
-    hooks.begin_memory(lambda trainer: setattr(trainer, "global_steps", 7), resumed)
+    hooks.begin(lambda trainer: setattr(trainer, "global_steps", 7), resumed)
     assert "remembers 2 prompts" in capsys.readouterr().out
     for attribute, value in vars(memory).items():
         assert np.array_equal(getattr(prompt_memory.run().memory, attribute), value)
 
     path = f"{tmp_path}/global_step_7"
     elsewhere = trainer_of(module, name, job("/nowhere", resume_mode="resume_path", resume_from_path=path), 7)
-    hooks.begin_memory(lambda trainer: None, elsewhere)
+    hooks.begin(lambda trainer: None, elsewhere)
     assert len(prompt_memory.run().memory) == 2 and prompt_memory.run().step == 7
 
 
@@ -170,16 +168,7 @@ def test_the_legacy_trainers_batch(tmp_path):
 def test_rows_that_nobody_named_are_an_error(tmp_path):
     config = job(tmp_path).algorithm
     with pytest.raises(RuntimeError, match="none has started in this process"):
-        compute_advantage(**batch_of(["a", "b"], [0.0, 1.0]), config=config)
+        compute_advantage("krpo_memory", **batch_of(["a", "b"], [0.0, 1.0]), config=config)
     prompt_memory.begin(trainer_of(*TRAINERS[0], job(tmp_path), 0))
     with pytest.raises(RuntimeError, match="which prompt the rows of uid a answer"):
-        compute_advantage(**batch_of(["a", "b"], [0.0, 1.0]), config=config)
-
-
-def test_the_preset_and_its_refusals():
-    from verl_krpo.config import KrpoConfig
-
-    with pytest.raises(ValueError, match="memory=prompt"):
-        KrpoConfig(memory="prompt")
-    with pytest.raises(ValueError, match="memory_var=-1"):
-        KrpoConfig(memory_var=-1)
+        compute_advantage("krpo_memory", **batch_of(["a", "b"], [0.0, 1.0]), config=config)

@@ -305,6 +305,25 @@ def test_nothing_observed(kpo_reference, mode):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+@pytest.mark.parametrize("name", ["log_prob", "old_log_prob"])
+@pytest.mark.parametrize(
+    "kpo",
+    [KpoConfig(), KpoConfig(measurement_var="batch"), KpoConfig(gain="steady", innovation_clip=1.0, clip=False)],
+    ids=["published", "measured", "saturated"],
+)
+def test_a_log_prob_that_is_not_finite_is_named_where_it_is_observed(kpo_reference, kpo, name, value):
+    batch = kpo_reference.batch(rows=3, width=40, seed=14)
+    batch.mask[1, 17], batch.mask[2, 5] = True, False
+    tensors = {"log_prob": batch.new.clone(), "old_log_prob": batch.old.clone()}
+    tensors[name][2, 5] = value
+    rest = {"advantages": batch.adv, "response_mask": batch.mask, "config": kpo_reference.config(kpo=kpo)}
+    assert compute_policy_loss(**tensors, **rest)[0].isfinite()  # not where it is masked
+    tensors[name][1, 17] = value
+    with pytest.raises(ValueError, match=rf"kpo got {name}=\[{value}\] at the observed \(row, token\) \[\[1, 17\]\]: "):
+        compute_policy_loss(**tensors, **rest)
+
+
 def test_padding_changes_nothing(kpo_reference):
     batch, kpo = kpo_reference.batch(seed=13), KpoConfig(process_var=1e-2)
     config = kpo_reference.config(kpo=kpo)

@@ -1,5 +1,7 @@
 """The mathematics reward where verl calls it: in threads of a Ray actor."""
 
+from contextlib import suppress
+
 import ray
 
 
@@ -18,9 +20,13 @@ def rewards():
         def kill_a_worker(self):
             import psutil
 
-            workers = [w for w in psutil.Process().children() if "reward.algebra" in " ".join(w.cmdline())]
-            workers[0].kill()
-            return len(workers)
+            killed = 0
+            for worker in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):  # it ended by itself since, or is a zombie
+                    if not killed and "reward.algebra" in " ".join(worker.cmdline()):
+                        worker.kill()
+                        killed += 1
+            return killed
 
     return Rewards
 

@@ -2,7 +2,7 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
+import processes
 import pytest
 from verl.utils.import_utils import load_extern_object
 
@@ -31,7 +31,40 @@ ANSWERS = [
     ("\\boxed{ 46 }", "46", RIGHT),
     ("\\boxed 46", "46", RIGHT),
     ("\\fbox{46}", "46", RIGHT),
-    ("\\boxed{46} and so \\boxed{4", "46", RIGHT),
+    ("\\boxed{46} and so \\boxed{4", "46", NONE),
+    ("\\boxed{46} or \\boxed{\\frac{1}{2}", "46", NONE),
+    ("\\boxed{4 so \\boxed{46}", "46", RIGHT),
+    ("\\boxed{46} {", "46", RIGHT),
+    ("<answer>\\boxed{46} or \\boxed{4</answer>", "46", NONE),
+    # thinking
+    ("<think> maybe \\boxed{46}", "46", NONE),
+    ("<think> maybe \\boxed{46}</think> I do not know.", "46", NONE),
+    ("maybe \\boxed{46}</think> I do not know.", "46", NONE),
+    ("<think>\\boxed{1}</think> \\boxed{46}", "46", RIGHT),
+    ("\\boxed{1}</think>\n#### 46", "46", RIGHT),
+    ("<think>1</think> \\boxed{46} <think> or \\boxed{1}", "46", RIGHT),
+    ("<think><answer>46</answer>", "46", NONE),
+    # in words
+    ("Answer: 46", "46", RIGHT),
+    ("So:\n**Final Answer:** $46$", "46", RIGHT),
+    ("Answer: 1\nNo.\nAnswer: 46", "46", RIGHT),
+    ("Answer: 46. It is \\boxed{1}", "46", WRONG),
+    ("My answer: 46", "46", NONE),
+    ("#### Final Answer: 46", "46", RIGHT),
+    ("#### The answer is 46.", "46", RIGHT),
+    ("<answer>So the answer is 46</answer>", "46", RIGHT),
+    ("<Answer>46</ANSWER>", "46", RIGHT),
+    ("\\boxed{=46}", "46", RIGHT),
+    # end tokens
+    ("#### 46</s>", "46", RIGHT),
+    ("#### 46<|im_end|>\n<|endoftext|>", "46", RIGHT),
+    ("#### 46<end_of_turn>", "46", RIGHT),
+    # truths as they come
+    ("\\boxed{46}", "#### 46", RIGHT),
+    ("\\boxed{46}", "2 * 23 = 46\n#### 46", RIGHT),
+    ("\\boxed{46}", "$\\boxed{46}$", RIGHT),
+    ("\\boxed{46}", "The answer is 46.", RIGHT),
+    ("\\boxed{2}", "2 * 23 = 46\n#### 46", WRONG),
     ("<answer>46", "46", NONE),
     ("\\boxed{46", "46", NONE),
     ("46", "46", NONE),
@@ -98,6 +131,11 @@ ANSWERS = [
     ("\\boxed{" * 15_000, "46", NONE),
     ("\\boxed{" * 15_000 + "}" * 15_000, "46", WRONG),
     ("{" * 100_000, "46", NONE),
+    ("####" + " " * 100_000 + "46", "46", RIGHT),
+    ("Answer:" * 12_500, "46", WRONG),
+    ("**" * 50_000, "46", NONE),
+    ("#### " + "</s>" * 25_000 + "46", "46", WRONG),
+    ("<think>" * 12_500, "46", NONE),
     ("<answer>" * 12_500, "46", NONE),
     ("#" * 100_000, "46", WRONG),
     ("\\boxed{\\frac{1}{0}}", "46", WRONG),
@@ -178,9 +216,7 @@ def test_a_thousand_answers_at_once_with_hostile_ones_and_killed_workers(spinnin
 
     with ThreadPoolExecutor(64) as threads:
         graded = threads.map(grade, rows)
-        for worker in psutil.Process().children():
-            if "reward.algebra" in " ".join(worker.cmdline()):
-                worker.kill()
+        processes.kill(processes.below(word="reward.algebra"))
         assert [row for right, row in graded if not right] == []
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-import psutil
+import processes
 import pytest
 
 from verl_krpo.runs import log, run_dir
@@ -111,8 +111,22 @@ def test_a_signal_reaches_the_job_and_what_it_started(tmp_path, number):
     pid = int(first_line(tmp_path / "log.txt").split()[1])
     wrapper.send_signal(number)
     assert wrapper.wait(60) in (128 + number, 1)
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # dead, not yet reaped
+    assert processes.ended(pid)
     assert json.loads((tmp_path / "attempts.jsonl").read_text().splitlines()[-1])["status"] != 0
+
+
+@pytest.fixture
+def handlers():
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_a_signal_that_comes_after_the_job_has_ended_changes_nothing(tmp_path, handlers):
+    assert run_dir.run(tmp_path, [sys.executable, "-c", "pass"]) == 0
+    signal.raise_signal(signal.SIGTERM)
 
 
 SLEEPER = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(float(sys.argv[1]))"
@@ -140,7 +154,7 @@ def test_a_job_that_outlives_its_killed_wrapper_is_not_started_twice(tmp_path):
     assert (tmp_path / "attempts.jsonl").read_text() == before and int((tmp_path / "log.txt").read_text()) == trainer
 
     os.kill(trainer, signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(trainer)] if psutil.pid_exists(trainer) else [], timeout=60)
+    assert processes.ended(trainer)
     assert run_dir.run(tmp_path, [sys.executable, "-c", SLEEPER, "0"]) == 0
 
 
@@ -209,4 +223,4 @@ def test_a_silent_job_is_ended(tmp_path, capsys, monkeypatch, deaf):
     heeds = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if deaf else "pass"
     assert quiet(tmp_path, f"import signal, time; {heeds}; time.sleep(600)", stall_seconds=2) == 1
     assert "no output for 2 s" in capsys.readouterr().err
-    assert not [p for p in psutil.Process().children(recursive=True) if "time.sleep(600)" in " ".join(p.cmdline())]
+    assert not processes.below(word="time.sleep(600)")

@@ -5,8 +5,9 @@ filter wants (groups, members). `Groups` goes from one to the other and back; be
 memory, which knows prompts from step to step, nothing else reads prompt ids.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,7 @@ class Groups:
 
     def label_of(self, members: torch.Tensor) -> list:
         """Prompt ids of some counted members, given by their position in `rows`."""
-        return list(self.labels[self.mask.nonzero()[members, 0].cpu().numpy()])
+        return self.labels[self.mask.nonzero()[members, 0].cpu().numpy()].tolist()
 
 
 def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) -> Groups:
@@ -61,8 +62,6 @@ def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) 
 
     ValueError when the ids are missing, have another length, or leave a row without one.
     """
-    import pandas as pd  # here, since every worker loads the plugin and only the trainer groups
-
     if prompts is None:
         raise ValueError("krpo groups responses by prompt and got index=None: the batch needs `uid` for every row")
     labels = np.asarray(prompts.cpu() if isinstance(prompts, torch.Tensor) else prompts)
@@ -70,16 +69,19 @@ def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) 
         raise ValueError(f"index has shape {labels.shape} for {len(counted)} rows: krpo needs one prompt id a row")
 
     rows = np.flatnonzero(counted.cpu().numpy())
-    codes, unique = pd.factorize(labels[rows])
-    if (codes < 0).any():
-        raise ValueError(f"no prompt id (None or NaN) in index at rows {rows[codes < 0][:8].tolist()}")
-    labels = np.asarray(unique)
+    ids = labels[rows].tolist()
+    number: dict = {}
+    codes = np.array([number.setdefault(name, len(number)) for name in ids], dtype=np.int64)
+    if any(name is None or name != name for name in number):
+        missing = [row for row, name in zip(rows.tolist(), ids, strict=True) if name is None or name != name]
+        raise ValueError(f"no prompt id (None or NaN) in index at rows {missing[:8]}")
+    labels = np.fromiter(number, dtype=labels.dtype, count=len(number))
     rows = rows[np.argsort(codes, kind="stable")]
     sizes = np.bincount(codes, minlength=len(labels))
     mask = np.arange(sizes.max(initial=1)) < sizes[:, None]
 
     if order == Order.shuffled:
-        keys = _mix(_hash(labels)[:, None], np.arange(mask.shape[1])) >> np.uint64(1)
+        keys = _mix(hashed(labels)[:, None], np.arange(mask.shape[1])) >> np.uint64(1)
         keys[~mask] = np.iinfo(np.uint64).max  # absent members sort last: halved, every key is below this one
         matrix = np.zeros(mask.shape, dtype=rows.dtype)
         matrix[mask] = rows
@@ -144,11 +146,11 @@ def variation(values: torch.Tensor, weights: torch.Tensor, over: Callable[[torch
     )
 
 
-def _hash(labels: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every label for `shuffled`, the same in every process (Python's own of a string is not)."""
-    from pandas.util import hash_array
-
-    return hash_array(labels.astype(object), categorize=False)  # pyright: ignore
+def hashed(prompts: Iterable) -> np.ndarray:
+    """64 bits a prompt id, by its text: the same in every process and run (Python's own hash of a string is not)."""
+    return np.array(
+        [int.from_bytes(blake2b(str(prompt).encode(), digest_size=8).digest(), "big") for prompt in prompts], np.uint64
+    )
 
 
 def _mix(seeds: np.ndarray, numbers: np.ndarray) -> np.ndarray:

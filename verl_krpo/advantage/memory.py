@@ -37,7 +37,6 @@ In the first step that has two, the prior still is, while the states are stored 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -46,7 +45,7 @@ import torch
 
 from verl_krpo.advantage import adaptive
 from verl_krpo.advantage.estimate import Estimate, Observed, observe
-from verl_krpo.advantage.groups import Variation, moments, sum_of_others, variation
+from verl_krpo.advantage.groups import Variation, hashed, moments, sum_of_others, variation
 from verl_krpo.config import AUTO, MemoryConfig
 from verl_krpo.kalman import LocalLevel
 
@@ -144,7 +143,7 @@ class PromptMemory:
 
     def recall(self, prompts: Iterable, step: int) -> Visits:
         """The states of prompt ids (groups,) at `step`; zeros for a prompt that is not known."""
-        keys = _hash(prompts)
+        keys = hashed(prompts)
         at, known = self._find(keys)
 
         def column(values: np.ndarray) -> torch.Tensor:
@@ -157,7 +156,7 @@ class PromptMemory:
 
     def store(self, prompts: Iterable, step: int, deviation: torch.Tensor, var: torch.Tensor) -> "PromptMemory":
         """A memory in which the states of prompt ids (groups,) after `step` are these."""
-        keys = _hash(prompts)
+        keys = hashed(prompts)
         new = np.unique(keys[~self._find(keys)[1]])
         at, _ = self._find(new)
         all_keys = np.insert(self.keys, at, new)
@@ -263,10 +262,3 @@ def _log_likelihood(visits: Visits, above_level: torch.Tensor, noise: torch.Tens
     deviation, var = visits.predict(RATIOS[:, None], init_var)
     var = var + noise
     return -0.5 * (var.log() + (above_level - deviation).square() / var)
-
-
-def _hash(prompts: Iterable) -> np.ndarray:
-    """64 bits a prompt id, the same in every process and from run to run."""
-    return np.array(
-        [int.from_bytes(blake2b(str(prompt).encode(), digest_size=8).digest(), "big") for prompt in prompts], np.uint64
-    )

@@ -34,7 +34,8 @@ def _register_methods(core_algos: ModuleType) -> None:
     from verl_krpo.plugin import estimator, loss
 
     for name in ESTIMATORS:
-        core_algos.register_adv_est(name)(functools.partial(estimator.compute_advantage, name))
+        named = functools.partial(estimator.compute_advantage, name)
+        core_algos.register_adv_est(name)(functools.update_wrapper(named, estimator.compute_advantage))
     core_algos.register_policy_loss("kpo")(loss.compute_policy_loss)
 
 

@@ -25,6 +25,11 @@ def check_overrides(overrides: list, config: Any) -> None:
     """ConfigCompositionException for overrides that need another config group than `config` has: it names the group."""
     from hydra.errors import ConfigCompositionException
 
+    algorithm = config.get("algorithm") or {}
+    chosen = [override.value() for override in overrides if override.key_or_group == ESTIMATOR]
+    estimator = chosen[-1] if chosen else algorithm.get("adv_estimator")
+    if estimator in ESTIMATORS and (wrong := _keys_of_another(estimator, algorithm)):
+        raise ConfigCompositionException(wrong)
     groups = {f"algorithm.{name}": f"+algorithm={name}" for name in ESTIMATORS} | {KPO_AT: KPO_GROUP}
     for override in overrides:
         key = override.key_or_group
@@ -34,6 +39,11 @@ def check_overrides(overrides: list, config: Any) -> None:
             raise ConfigCompositionException(f"{override.input_line}{hint}")
         for at, group in groups.items():
             if (key == at or key.startswith(at + ".")) and OmegaConf.select(config, at) is None:
+                if at != KPO_AT and estimator in ESTIMATORS and at != f"algorithm.{estimator}":
+                    raise ConfigCompositionException(
+                        f"{override.input_line} is no key of {ESTIMATOR}={estimator}: its own are "
+                        f"algorithm.{estimator}.*, which +algorithm={estimator} opens"
+                    )
                 raise ConfigCompositionException(
                     f"{override.input_line} needs {group} beside it, which selects the method and opens {at}.*"
                 )
@@ -45,14 +55,22 @@ def _check_estimator(algorithm: Any) -> None:
         raise ValueError(f"{ESTIMATOR}=kpo: kpo is a policy loss; write {LOSS_MODE}=kpo")
     if estimator.startswith("krpo") and estimator not in ESTIMATORS:
         raise ValueError(f"{ESTIMATOR}={estimator} is not one of {', '.join(ESTIMATORS)}")
-    for name in ESTIMATORS:
-        if name != estimator and algorithm.get(name) is not None:
-            raise ValueError(
-                f"algorithm.{name} is set but {ESTIMATOR}={estimator}: add {ESTIMATOR}={name} after it, or remove "
-                f"algorithm.{name}"
-            )
+    if wrong := _keys_of_another(estimator, algorithm):
+        raise ValueError(wrong)
     if estimator in ESTIMATORS:
         settings_of(estimator, algorithm)
+
+
+def _keys_of_another(estimator: Any, algorithm: Any) -> str | None:
+    """What to write where `algorithm` holds the keys of an estimator of ours that is not the job's."""
+    others = [name for name in ESTIMATORS if name != estimator and algorithm.get(name) is not None]
+    if not others:
+        return None
+    instead = f", or write +algorithm={estimator} in place of both" if estimator in ESTIMATORS else ""
+    return (
+        f"algorithm.{others[0]} is set but {ESTIMATOR}={estimator}: add {ESTIMATOR}={others[0]} after it{instead}, or "
+        f"remove algorithm.{others[0]}"
+    )
 
 
 def _check_kpo(loss: Any) -> None:

@@ -9,6 +9,8 @@ x_0 = 0; K_t: kalman/local_level.py; sg: the value without its gradient. A maske
 gain index carry over it, and nothing under the mask is read.
 """
 
+import math
+
 import torch
 
 from verl_krpo.config import BATCH, KpoConfig
@@ -29,11 +31,10 @@ def kpo(
     """loss_t of every token (rows, tokens), 0 under the mask, with the gradient by log_prob; and diagnostics.
 
     log_prob, old_log_prob (nats), advantages: (rows, tokens), any float dtype; mask: (rows, tokens), bool or 0/1. The
-    arithmetic is float32 (float64 for float64 log-probs), whatever autocast says. settings: None gives the published
-    ones, and so do clip_low and clip_high. Diagnostics: the same keys on every call, see `_diagnostics`.
+    arithmetic is float32 (float64 for float64 log-probs), whatever autocast says. settings, clip_low, clip_high: the
+    published ones. Diagnostics: the same keys on every call, see `_diagnostics`. ValueError: a log-prob is not finite.
     """
-    settings = settings or KpoConfig()
-    mask = mask.bool()
+    settings, mask = settings or KpoConfig(), mask.bool()
     dtype = torch.promote_types(log_prob.dtype, torch.float32)
 
     def observed(tensor: torch.Tensor) -> torch.Tensor:
@@ -43,45 +44,45 @@ def kpo(
         ratio = log_ratio.clamp(max=settings.ratio_log_max).exp()
         return -a * ratio, -a * ratio.clamp(1 - clip_low, 1 + clip_high)
 
-    with torch.autocast(log_prob.device.type, enabled=False):
-        new = observed(log_prob)
-        with torch.no_grad():
-            z, a = new - observed(old_log_prob), observed(advantages)
-            model, measured_var = _model(z, mask, settings)
-            x, saturates = _filtered(z, mask, model, settings)
-            loss, bounded = losses(x)
-            clipped, flat = bounded > loss, x > settings.ratio_log_max
-            if settings.clip:
-                loss, flat = torch.maximum(loss, bounded), flat | clipped
-            slope = loss.masked_fill(flat, 0.0)  # d loss / d log pi is the loss itself; 0 at a bound
-            raw_loss, raw_bounded = losses(z)
-            diagnostics = _diagnostics(z, x, mask, raw_bounded > raw_loss, clipped, saturates, settings, model)
-            diagnostics["kpo_measurement_var"] = measured_var
-        # The value is the loss and the gradient the slope: all that the backward pass keeps.
-        return loss + slope * (new - new.detach()), diagnostics
+    new = observed(log_prob)
+    with torch.no_grad(), torch.autocast(log_prob.device.type, enabled=False):
+        z, a = new - observed(old_log_prob), observed(advantages)
+        model, measured_var = _model(z, mask, settings)
+        if settings.innovation_clip is None:
+            x, saturates = filtered_mean(z, mask, model, settings.gain), torch.zeros_like(mask)
+        else:
+            x, saturates = saturated.filtered_mean(z, mask, model, settings.innovation_clip, settings.gain)
+        x = torch.where(mask, x, 0.0)
+        loss, bounded = losses(x)
+        clipped, flat = bounded > loss, x > settings.ratio_log_max
+        if settings.clip:
+            loss, flat = torch.maximum(loss, bounded), flat | clipped
+        slope = loss.masked_fill(flat, 0.0)  # d loss / d log pi is the loss itself; 0 at a bound
+        raw_loss, raw_bounded = losses(z)
+        diagnostics = _diagnostics(z, x, mask, raw_bounded > raw_loss, clipped, saturates, settings, model)
+        diagnostics["kpo_measurement_var"] = measured_var
+        if not math.isfinite(diagnostics["ppo_kl"]):  # the mean of -z: it is here without waiting for the device again
+            _require_finite("log_prob", new)
+            _require_finite("old_log_prob", observed(old_log_prob))
+    # The value is the loss and the gradient the slope: all that the backward pass keeps.
+    return loss + slope * (new - new.detach()), diagnostics
 
 
 def _model(z: torch.Tensor, mask: torch.Tensor, settings: KpoConfig) -> tuple[LocalLevel, float]:
     """The filter's model and the R to report."""
-    if settings.measurement_var != BATCH:
-        measurement_var = float(settings.measurement_var)
-        return LocalLevel(settings.process_var, measurement_var, 0.0, settings.init_var), measurement_var
-    measured = noise.by_differences(z, mask, smallest_ratio=settings.process_var)
-    if measured is None:  # no two neighbors differ, as in an on-policy update: nothing to measure, nothing to filter
-        return LocalLevel(settings.process_var, 1.0, 0.0, settings.init_var), 0.0
-    process_var, measurement_var = measured
-    return LocalLevel(process_var, measurement_var, 0.0, settings.init_var), measurement_var
+    q, r = settings.process_var, settings.measurement_var
+    if r == BATCH:  # a token that is not finite is left out here and refused once all is read
+        q, r = noise.by_differences(z, mask & z.isfinite(), smallest_ratio=q) or (q, 0.0)
+    r = float(r)  # 0: no two neighbors differ, as in an on-policy update; nothing to measure, nothing to filter
+    return LocalLevel(q, r or 1.0, 0.0, settings.init_var), r
 
 
-def _filtered(
-    z: torch.Tensor, mask: torch.Tensor, model: LocalLevel, settings: KpoConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, 0 under the mask, and where the innovation saturated: (rows, tokens)."""
-    if settings.innovation_clip is None:
-        x, saturates = filtered_mean(z, mask, model, settings.gain), torch.zeros_like(mask)
-    else:
-        x, saturates = saturated.filtered_mean(z, mask, model, settings.innovation_clip, settings.gain)
-    return torch.where(mask, x, 0.0), saturates
+def _require_finite(name: str, observed: torch.Tensor) -> None:
+    if wrong := (~observed.isfinite()).nonzero()[:4].tolist():
+        raise ValueError(
+            f"kpo got {name}={[observed[row, t].item() for row, t in wrong]} at the observed (row, token) {wrong}: the "
+            "policy diverged, or forbids what was sampled. Resume before that at a lower optim.lr, or mask these tokens"
+        )
 
 
 def _diagnostics(

@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def run(run_dir: str | os.PathLike, command: list[str], quiet: bool = False, sta
             )
         _name_holder(lock, job.pid, command)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: os.killpg(job.pid, number))
+            signal.signal(number, lambda number, _: _pass_on(number, job))
         status = _follow(job, run_dir, quiet, stall_seconds)
         step = end(run_dir, status)
     finally:
@@ -83,6 +84,11 @@ def run(run_dir: str | os.PathLike, command: list[str], quiet: bool = False, sta
             file=sys.stderr,
         )
     return status if status >= 0 else 128 - status
+
+
+def _pass_on(number: int, job: subprocess.Popen) -> None:
+    with suppress(ProcessLookupError):  # the job has ended in the meantime: what is left is to write that down
+        os.killpg(job.pid, number)
 
 
 def _follow(job: subprocess.Popen, run_dir: Path, quiet: bool, stall_seconds: float) -> int:

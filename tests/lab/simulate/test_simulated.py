@@ -6,7 +6,6 @@ import functools
 import numpy as np
 import pytest
 
-from verl_krpo.config import ADAPTIVE
 from verl_krpo.lab.simulate import adaptive, estimator, gain, permutation, sensitivity, simulate
 from verl_krpo.report import tables
 
@@ -61,7 +60,7 @@ def test_only_the_sequential_forms_depend_on_the_order():
     ("law", "residual", "snr"), [("uniform", 0.92, 1.08), ("Beta(5,5)", 0.83, 1.18), ("constant .5", 0.77, 1.25)]
 )
 def test_adaptive_beats_rloo_in_small_groups(law, residual, snr):
-    forms = {"RLOO": simulate.with_verl("rloo_vectorized"), "krpo_adaptive": simulate.with_krpo(ADAPTIVE)}
+    forms = {"RLOO": simulate.with_verl("rloo_vectorized"), "krpo_adaptive": simulate.ours("krpo_adaptive")}
     rloo, found = estimator.cell(law, 64, 4, forms, 150, np.random.default_rng(3))
     assert rloo["residual"] == rloo["snr_independent"] == 1.0
     assert found["residual"] <= residual and found["snr_independent"] >= snr

@@ -43,7 +43,7 @@ def test_log_probs_are_those_of_whole_sequences(model):
     first = on_policy.start(model)
     prompts = first.encode(on_policy.sums(random.Random(1), 3))
     generator = torch.Generator().manual_seed(0)
-    responses, mask = on_policy.sample(first.model, prompts, 2, first.tokenizer.eos_token_id, 0, generator)
+    responses, mask, *_ = on_policy.sample(first.model, prompts, 2, first.tokenizer.eos_token_id, 0, generator)
     owner = torch.tensor([0, 0, 1, 1, 2, 2])
     with torch.no_grad():
         found = on_policy.log_probs(first.model, prompts, responses, owner)
@@ -59,7 +59,7 @@ def test_tokens_are_sampled_from_the_model(model):
     first = on_policy.start(model)
     prompts, count = first.encode(on_policy.sums(random.Random(2), 1)), 1000
     generator = torch.Generator().manual_seed(0)
-    responses, _ = on_policy.sample(first.model, prompts, count, first.tokenizer.eos_token_id, 0, generator)
+    responses, *_ = on_policy.sample(first.model, prompts, count, first.tokenizer.eos_token_id, 0, generator)
     with torch.no_grad():
         probability = first.model(prompts).logits[0, -1].softmax(-1)
     share = torch.bincount(responses[:, 0], minlength=len(probability)) / count
@@ -70,7 +70,7 @@ def test_accuracy_is_what_sampling_finds(model):
     first = on_policy.start(model)
     problems = on_policy.sums(random.Random(0), on_policy.HELD_OUT, held_out=True)
     generator = torch.Generator().manual_seed(0)
-    responses, _ = on_policy.sample(first.model, first.encode(problems), 8, first.tokenizer.eos_token_id, 0, generator)
+    responses, *_ = on_policy.sample(first.model, first.encode(problems), 8, first.tokenizer.eos_token_id, 0, generator)
     right = (on_policy.scores(first.tokenizer, responses, problems, 8) == 1).double()
     expected = on_policy.accuracy(first.model, first.held_out)
     assert abs(right.mean().item() - expected) < 5 * (expected / right.numel()) ** 0.5 + 0.002
@@ -98,8 +98,11 @@ def batch_of(model):
 
     def make(rewards, lengths=None):
         lengths = torch.ones_like(rewards) if lengths is None else lengths
+        mask = torch.arange(lengths.max()) < lengths.view(-1, 1)
+        probability = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
         chosen = problems[: len(rewards)]
-        return Batch(rewards, lengths, [p.question for p in chosen], 0, first.encode(chosen), first.model)
+        sampled = on_policy.Responses(torch.zeros(mask.shape), mask, probability.log(), probability.square())
+        return Batch(rewards, [p.question for p in chosen], 0, first.encode(chosen), first.model, *sampled)
 
     return make
 
@@ -116,9 +119,10 @@ def test_a_value_network_learns_what_a_prompt_is_worth(batch_of):
 def test_a_method_is_finite_and_favors_the_better_answer(name, batch_of):
     rewards = torch.from_numpy(np.random.default_rng(0).choice([0.0, 0.01, 0.5, 1.0], (8, 4)))
     lengths = torch.from_numpy(np.random.default_rng(1).integers(3, 9, (8, 4)))
-    advantage = METHODS[name]()(batch_of(rewards, lengths))
-    assert advantage.shape == rewards.shape and advantage.isfinite().all()
-    assert (advantage * (rewards - rewards.mean(1, keepdim=True))).sum() > 0
+    batch = batch_of(rewards, lengths)
+    advantage = METHODS[name]()(batch).reshape(*rewards.shape, -1)
+    assert advantage.shape[2] in (1, batch.mask.shape[1]) and advantage.isfinite().all()
+    assert (advantage * (rewards - rewards.mean(1, keepdim=True))[..., None]).sum() > 0
 
 
 def test_prompts_recur_from_a_pool_and_are_otherwise_new():

@@ -4,15 +4,16 @@ On shuffled rows with uuid labels, each row with a string object of its own as t
 have 8 tokens: the product with the mask is the same for all and grows with them.
 """
 
-import dataclasses
 import statistics
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-from verl_krpo.config import ADAPTIVE, Baseline, KrpoConfig, Scale
+from verl_krpo.advantage import ESTIMATORS
+from verl_krpo.config import Baseline, KrpoConfig, Scale
 from verl_krpo.lab.bench.timing import median_ratio, paired, peak_bytes
 
 SHAPES = ((1024, 8), (1024, 64), (4096, 16), (4096, 64))
@@ -29,13 +30,12 @@ def batch(prompts: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.T
     return rewards, torch.ones(prompts * size, TOKENS, dtype=torch.int64), index
 
 
-def forms() -> dict[str, KrpoConfig]:
-    """Every baseline, every scale, and the adaptive preset."""
+def forms() -> dict[str, tuple[str, Any]]:
+    """Name -> estimator and settings: every baseline and scale of krpo, and the others but the memory (memory.py)."""
     return (
-        {f"krpo {b.value}": KrpoConfig(baseline=b) for b in Baseline if b != Baseline.jspo}
-        | {"krpo jspo": KrpoConfig(baseline=Baseline.jspo, scale=Scale.none)}
-        | {f"krpo {scale.value}": KrpoConfig(scale=scale) for scale in Scale if scale != KrpoConfig.scale}
-        | {"krpo_adaptive": ADAPTIVE, "krpo_adaptive, Q = 1e-5": dataclasses.replace(ADAPTIVE, process_var=1e-5)}
+        {f"krpo {baseline.value}": ("krpo", KrpoConfig(baseline=baseline)) for baseline in Baseline}
+        | {f"krpo {scale.value}": ("krpo", KrpoConfig(scale=scale)) for scale in Scale if scale != KrpoConfig.scale}
+        | {name: (name, ESTIMATORS[name].keys()) for name in ("jspo", "krpo_adaptive")}
     )
 
 
@@ -46,11 +46,11 @@ def estimators(rewards: torch.Tensor, mask: torch.Tensor, index: np.ndarray) -> 
     from verl_krpo.plugin import metrics
     from verl_krpo.plugin.estimator import compute_advantage
 
-    def ours(settings):
-        config = {"krpo": {**vars(settings)}}
+    def ours(name, settings):
+        config = {name: {**vars(settings)}}
 
         def call():
-            compute_advantage(rewards, mask, config, index)
+            compute_advantage(name, rewards, mask, config, index)
             metrics.discard()  # a trainer's log takes them, once a step
 
         return call
@@ -59,7 +59,7 @@ def estimators(rewards: torch.Tensor, mask: torch.Tensor, index: np.ndarray) -> 
         return lambda: get_adv_estimator_fn(name)(rewards, mask, index=index)
 
     return {name: verls(name) for name in ("grpo", "grpo_vectorized")} | {
-        name: ours(settings) for name, settings in forms().items()
+        form: ours(*estimator) for form, estimator in forms().items()
     }
 
 

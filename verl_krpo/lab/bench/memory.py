@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from verl_krpo.advantage.krpo import krpo
-from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.config import MEMORY
+from verl_krpo.advantage.memory import PromptMemory, krpo_memory
 
 PROMPTS = (10_000, 100_000, 1_000_000)
 STEP, SIZE = 256, 8
@@ -31,9 +29,8 @@ def _row(prompts: int, rounds: int) -> dict:
         keys = np.repeat(rng.choice(names, STEP, replace=False), SIZE)
         rewards = torch.from_numpy(rng.integers(0, 2, STEP * SIZE).astype(float))
         start = time.perf_counter()
-        estimate = krpo(rewards, keys, MEMORY, memory=memory, step=step)
+        _, memory = krpo_memory(rewards, keys, memory, step=step)
         seconds.append(time.perf_counter() - start)
-        memory = estimate.memory
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "memory.npz"
         start = time.perf_counter()

@@ -5,23 +5,22 @@ Bernoulli rewards over six laws of the prompts' means, batches of 16, 64 and 256
 
     residual   E(r_i - b_i)^2 over RLOO's
     snr        signal-to-noise of the gradient over RLOO's, for a score that is nearly independent of the reward: with
-               scale=none, which compares the baselines alone as RLOO has no scale, and as the preset divides, by an
+               scale=none, which compares the baselines alone as RLOO has no scale, and as it divides, by an
                estimated scale that fluctuates from batch to batch
 """
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 
-from verl_krpo.config import ADAPTIVE, Scale
+from verl_krpo.config import AdaptiveConfig, AdaptiveScale
 from verl_krpo.lab.simulate import estimator, simulate
 from verl_krpo.report import figure, tables
 
 MEASURES = {
     "residual": "E(r-b)$^2$ / RLOO's",
     "snr_unscaled": "SNR / RLOO's,\nscale=none",
-    "snr_independent": "SNR / RLOO's,\nas the preset divides",
+    "snr_independent": "SNR / RLOO's,\nas it divides",
 }
 PROMPTS = (16, 64, 256)
 SIZES = (2, 4, 8, 16)
@@ -32,11 +31,10 @@ BATCHES = 4000  # a cell, at most
 def measure(seed: int = 0, prompts: tuple = PROMPTS, sizes: tuple = SIZES, rewards: int = REWARDS) -> list[dict]:
     """One row a law, batch and group size; snr_unscaled is that of the baseline alone."""
     rng = np.random.default_rng(seed)
-    unscaled = dataclasses.replace(ADAPTIVE, scale=Scale.none)
     forms = {
         "RLOO": simulate.with_verl("rloo_vectorized"),
-        "krpo_adaptive": simulate.with_krpo(ADAPTIVE),
-        "scale=none": simulate.with_krpo(unscaled),
+        "krpo_adaptive": simulate.ours("krpo_adaptive"),
+        "scale=none": simulate.ours("krpo_adaptive", AdaptiveConfig(scale=AdaptiveScale.none)),
     }
     rows = []
     for law in simulate.PROMPT_MEANS:

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from verl_krpo.advantage.krpo import krpo
-from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.config import ADAPTIVE, MEMORY
+from verl_krpo.advantage.adaptive import krpo_adaptive
+from verl_krpo.advantage.memory import PromptMemory, krpo_memory
 from verl_krpo.report import figure, intervals, tables
 
 SIZES = (1, 2, 4, 8)
@@ -74,19 +73,18 @@ def residuals(training: Training, size: int, seed: int) -> dict[str, float]:
     memory, sums = PromptMemory(), []
     for step, (prompts, chances, rewards) in enumerate(training.draw(size, rng)):
         rows, labels = torch.from_numpy(rewards.reshape(-1)), prompts.repeat(size)
-        remembered = krpo(rows, labels, MEMORY, memory=memory, step=step)
-        memory = remembered.memory
+        remembered, memory = krpo_memory(rows, labels, memory, step=step)
         total = rewards.sum(axis=1, keepdims=True)
         baselines = {
             "reference": (total - rewards) / (size - 1) if size > 1 else (total.sum() - total) / (len(total) - 1),
-            "krpo_adaptive": krpo(rows, labels, ADAPTIVE).baseline.numpy(),
+            "krpo_adaptive": krpo_adaptive(rows, labels).baseline.numpy(),
             "krpo_memory": remembered.baseline.numpy(),
         }
         if step < training.begin:
             continue
         chance = chances[:, None]
         found = {name: np.mean((chance - b) ** 2 + chance * (1 - chance)) for name, b in baselines.items()}
-        spread = remembered.baseline_var + remembered.prior.measurement_var[:, None]
+        spread = remembered.baseline_var + remembered.model.columns(len(labels) // size, rows.device)[1][:, None]
         found["nis"] = ((remembered.rewards - remembered.baseline).square() / spread).mean().item()
         sums.append(found)
     return {name: float(np.mean([found[name] for found in sums])) for name in sums[0]}

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from verl_krpo.config import ADAPTIVE, KrpoConfig
 from verl_krpo.lab.simulate import simulate
 from verl_krpo.report import tables
 
@@ -36,8 +35,8 @@ def methods() -> dict[str, simulate.Estimator]:
     return {
         "RLOO": simulate.with_verl("rloo_vectorized"),
         "GRPO": simulate.with_verl("grpo_vectorized"),
-        "krpo (published)": simulate.with_krpo(KrpoConfig()),
-        "krpo_adaptive": simulate.with_krpo(ADAPTIVE),
+        "krpo (published)": simulate.ours("krpo"),
+        "krpo_adaptive": simulate.ours("krpo_adaptive"),
     }
 
 

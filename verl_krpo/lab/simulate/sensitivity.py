@@ -42,7 +42,7 @@ def measure(seed: int = 0, law: str = "uniform", prompts: int = 64, size: int = 
         for process_var in PROCESS_VARS:
             for measurement_var in MEASUREMENT_VARS:
                 settings = KrpoConfig(process_var, measurement_var, order=Order.arrival, baseline=baseline)
-                residual, snr, spread = moments(simulate.with_krpo(settings))
+                residual, snr, spread = moments(simulate.ours("krpo", settings))
                 row = {"baseline": name, "law": law, "size": size, "Q": process_var, "R": measurement_var}
                 for key, values in zip(MEASURES, (residual / rloo_residual, snr / rloo_snr, spread), strict=True):
                     row |= dict(zip((key, f"{key}_low", f"{key}_high"), intervals.of_weighted(values), strict=True))

@@ -7,12 +7,13 @@ advantage) of the same shape.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-from verl_krpo.advantage.krpo import krpo
-from verl_krpo.config import ADAPTIVE, Baseline, KrpoConfig, Order, Scale
+from verl_krpo.advantage import ESTIMATORS
+from verl_krpo.config import Baseline, KrpoConfig, Order, Scale
 
 Law = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray, np.ndarray | float]]
 Estimator = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -70,12 +71,12 @@ PROMPT_MEANS: dict[str, Law] = {
 LAWS: dict[str, Law] = PROMPT_MEANS | {"gaussian": gaussian, "drifting": drifting, "mixture": mixture}
 
 
-def with_krpo(settings: KrpoConfig) -> Estimator:
-    """The plugin's estimator."""
+def ours(name: str, settings: Any = None) -> Estimator:
+    """The plugin's estimator of that name; settings: its keys, None for the defaults."""
 
     def estimator(rewards):
         uids = np.repeat(np.arange(len(rewards)), rewards.shape[1])
-        estimate = krpo(torch.from_numpy(rewards.ravel()), uids, settings)
+        estimate = ESTIMATORS[name].estimate(torch.from_numpy(rewards.ravel()), uids, settings)
         matrices = (estimate.groups.scatter(m).numpy() for m in (estimate.baseline, estimate.advantage))
         return tuple(m.reshape(rewards.shape) for m in matrices)
 
@@ -106,7 +107,7 @@ def estimators() -> dict[str, Estimator]:
     """Everything that is compared. Groups are filtered as they stand: but for the drift, places mean nothing here."""
 
     def form(**settings):
-        return with_krpo(KrpoConfig(order=Order.arrival, **settings))
+        return ours("krpo", KrpoConfig(order=Order.arrival, **settings))
 
     return {
         "GRPO": with_verl("grpo_vectorized"),
@@ -117,13 +118,14 @@ def estimators() -> dict[str, Estimator]:
         "krpo posterior": form(baseline=Baseline.posterior),
         "krpo smoothed": form(baseline=Baseline.smoothed),
         "krpo leave_one_out": form(baseline=Baseline.leave_one_out),
-        "krpo_adaptive": with_krpo(ADAPTIVE),
+        "krpo_adaptive": ours("krpo_adaptive"),
     }
 
 
 def true_drift() -> Estimator:
     """Leave-one-out under the very model that `drifting` draws from."""
-    return with_krpo(
+    return ours(
+        "krpo",
         KrpoConfig(
             process_var=DRIFT_VAR,
             measurement_var=GAUSSIAN_STD**2,
@@ -132,7 +134,7 @@ def true_drift() -> Estimator:
             order=Order.arrival,
             baseline=Baseline.leave_one_out,
             scale=Scale.innovation_std,
-        )
+        ),
     )
 
 

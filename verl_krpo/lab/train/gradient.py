@@ -36,9 +36,9 @@ def gradients(
     parameters = list(model.parameters())
     found: dict[str, list[torch.Tensor]] = {name: [] for name in SHOWN}
     for step, problems in zip(range(batches), on_policy.visits(condition, seed), strict=False):
-        rolled = on_policy.roll(first, model, condition, problems, seed, step)
+        batch = on_policy.roll(first, model, condition, problems, seed, step)
         for name in SHOWN:
-            loss = on_policy.surrogate(model, rolled, on_policy.METHODS[name]()(rolled.batch))
+            loss = on_policy.surrogate(model, batch, on_policy.METHODS[name]()(batch))
             gradient = torch.autograd.grad(loss, parameters)
             found[name].append(torch.cat([part.flatten() for part in gradient]))
     return {name: torch.stack(of_batches) for name, of_batches in found.items()}

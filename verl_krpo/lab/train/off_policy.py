@@ -211,7 +211,7 @@ def run(path: Path, condition: str, method: str, seed: int) -> dict:
         prompts, answers = questions(tokenizer, condition.prompts, condition.length, generator)
         shuffled = torch.randperm(condition.prompts * condition.size, generator=generator)
         owner = torch.arange(condition.prompts).repeat_interleave(condition.size)
-        responses, mask = sample(model, prompts, condition.size, end, pad, generator, max_tokens=condition.length + 2)
+        responses, mask, *_ = sample(model, prompts, condition.size, end, pad, generator, condition.length + 2)
         reward = rewards(responses, answers[owner]).view(condition.prompts, condition.size)
         others = (reward.sum(1, keepdim=True) - reward) / (condition.size - 1)
         advantage = (reward - others).flatten()

@@ -68,25 +68,36 @@ def sums(rng: random.Random, count: int, held_out: bool = False) -> list[Problem
     return chosen
 
 
+class Responses(NamedTuple):
+    """(rows, longest response): tokens, the mask up to the end token; log_probs, sum_squares as a Batch has them."""
+
+    tokens: Tensor
+    mask: Tensor
+    log_probs: Tensor
+    sum_squares: Tensor
+
+
 @torch.inference_mode()
 def sample(
     model, prompts: Tensor, size: int, end: int, pad: int, generator: torch.Generator, max_tokens: int = MAX_TOKENS
-) -> tuple[Tensor, Tensor]:
-    """`size` answers to each prompt (prompts, tokens): tokens (rows, longest answer), and the mask up to the end token.
+) -> Responses:
+    """`size` responses to each prompt (prompts, tokens).
 
     By the Gumbel-max trick, with as many random numbers a token whatever was sampled before.
     """
     owner = torch.arange(len(prompts)).repeat_interleave(size)
     logits, cache = read(model, prompts, owner)
-    alive, tokens, mask = torch.ones(len(owner), dtype=torch.bool), [], []
+    alive, tokens, columns = torch.ones(len(owner), dtype=torch.bool), [], []
     while True:
         exponential = torch.empty_like(logits).exponential_(generator=generator)
         token = (logits - exponential.clamp_min(torch.finfo(logits.dtype).tiny).log()).argmax(-1)
+        log_probs = logits.log_softmax(-1)
         tokens.append(torch.where(alive, token, pad))
-        mask.append(alive)
+        own = log_probs.gather(-1, token[:, None])[:, 0]
+        columns.append(Responses(tokens[-1], alive, own, (2 * log_probs).exp().sum(-1)))
         alive = alive & (token != end)
         if not alive.any() or len(tokens) == max_tokens:
-            return torch.stack(tokens, 1), torch.stack(mask, 1)
+            return Responses(*(torch.stack(column, 1) for column in zip(*columns, strict=True)))
         logits = model(input_ids=tokens[-1][:, None], past_key_values=cache).logits[:, -1]
 
 
@@ -141,42 +152,31 @@ def visits(condition: Condition, seed: int) -> Iterator[list[Problem]]:
         yield [waiting.pop() for _ in range(condition.prompts)]
 
 
-class Rollouts(NamedTuple):
-    """A step's samples: prompts (prompts, tokens), responses and mask (rows, tokens), and what an estimator sees."""
-
-    prompts: Tensor
-    responses: Tensor
-    mask: Tensor
-    batch: Batch
-
-
-def roll(first: Start, model, condition: Condition, problems: list[Problem], seed: int, step: int) -> Rollouts:
+def roll(first: Start, model, condition: Condition, problems: list[Problem], seed: int, step: int) -> Batch:
     generator = torch.Generator().manual_seed(seed * 100_003 + step)
     noise = NOISES[condition.noise](condition.level, (condition.prompts, condition.size), generator)
     prompts = first.encode(problems)
     end, pad = first.tokenizer.eos_token_id, first.tokenizer.pad_token_id
-    responses, mask = sample(model, prompts, condition.size, end, pad, generator)
-    rewards = noise(scores(first.tokenizer, responses, problems, condition.size))
-    lengths = mask.sum(1).view_as(rewards)
-    batch = Batch(rewards, lengths, [p.question for p in problems], step, prompts, first.model)
-    return Rollouts(prompts, responses, mask, batch)
+    sampled = sample(model, prompts, condition.size, end, pad, generator)
+    rewards = noise(scores(first.tokenizer, sampled.tokens, problems, condition.size))
+    return Batch(rewards, [p.question for p in problems], step, prompts, first.model, *sampled)
 
 
-def surrogate(model, rolled: Rollouts, advantage: Tensor, kl: float = 0.0, reference=None) -> Tensor:
-    """The loss whose gradient is the policy gradient of advantages (prompts, size), with kl * k3 to the reference."""
-    size = advantage.shape[1]
-    rows = advantage.flatten().nonzero()[:, 0]
+def surrogate(model, batch: Batch, advantage: Tensor, kl: float = 0.0, reference=None) -> Tensor:
+    """The loss whose gradient is the policy gradient of a Method's advantages, with kl * k3 to the reference."""
+    advantage = advantage.reshape(len(batch.responses), -1).float()  # (rows, 1 or tokens)
+    rows = advantage.any(1).nonzero()[:, 0]
     if kl or not len(rows):  # elsewhere a row without advantage has no gradient, but counts among the tokens
-        rows = torch.arange(advantage.numel())
-    responses, owner = rolled.responses[rows], rows // size
-    log_prob = log_probs(model, rolled.prompts, responses, owner)
-    loss = -advantage.flatten()[rows, None].float() * log_prob
+        rows = torch.arange(len(advantage))
+    responses, owner = batch.responses[rows], rows // batch.rewards.shape[1]
+    log_prob = log_probs(model, batch.prompts, responses, owner)
+    loss = -advantage[rows] * log_prob
     if kl:
         with torch.no_grad():
-            apart = log_probs(reference, rolled.prompts, responses, owner)
+            apart = log_probs(reference, batch.prompts, responses, owner)
         apart = apart - log_prob
         loss = loss + kl * (apart.exp() - apart - 1)
-    return (loss * rolled.mask[rows]).sum() / rolled.mask.sum()
+    return (loss * batch.mask[rows]).sum() / batch.mask.sum()
 
 
 def train(first: Start, condition: Condition, method: str, seed: int) -> Iterator[tuple[torch.nn.Module, list[float]]]:
@@ -185,13 +185,13 @@ def train(first: Start, condition: Condition, method: str, seed: int) -> Iterato
     optimizer = torch.optim.Adam(model.parameters(), lr=condition.learning_rate, fused=True)
     estimate = METHODS[method]()
     for step, problems in zip(range(condition.steps), visits(condition, seed), strict=False):
-        rolled = roll(first, model, condition, problems, seed, step)
-        advantage = estimate(rolled.batch)
+        batch = roll(first, model, condition, problems, seed, step)
+        advantage = estimate(batch)
         optimizer.zero_grad(set_to_none=True)
-        surrogate(model, rolled, advantage, condition.kl, first.model).backward()
+        surrogate(model, batch, advantage, condition.kl, first.model).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         optimizer.step()
-        yield model, [float(rolled.batch.rewards.mean()), float(advantage.std()), float(norm)]
+        yield model, [float(batch.rewards.mean()), float(advantage.std()), float(norm)]
 
 
 def run(path: Path, condition: str, method: str, seed: int) -> dict:
