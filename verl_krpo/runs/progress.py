@@ -9,6 +9,7 @@ from verl_krpo.backends.ram import HOW_TO_NEED_LESS
 from verl_krpo.runs.log import METRICS, REWARD, SECONDS, accuracy, rows
 
 MEMORY_LINE = re.compile(r"^memory: .+(?=\n)", re.MULTILINE)  # what the CPU platform says before Ray starts
+TOTAL_STEPS = re.compile(r"Total training steps: (\d+)")  # verl, before the first step
 OUT_OF_MEMORY = re.compile(r"Memory on the node \(.*?\).*? was ([\d.]+)GB(?: used)? / ([\d.]+)GB")
 TOP_USER = re.compile(r"PID\s+MEM\(GB\)\s+COMMAND\s+\d+\s+([\d.]+)\s+(\S+)")
 
@@ -29,13 +30,17 @@ class Output:
 
 
 class Line:
-    """One line that follows verl's file logger; every tenth step and every validation stays on the terminal."""
+    """One line that follows verl's file logger, with the time that is left; every tenth step and every validation stays
+    on the terminal."""
 
     def __init__(self, log: Path):
         from tqdm import tqdm
 
         self.log, self.step, self.size, self.memory = log, -1, 0, None
-        self.line = tqdm(bar_format="{desc} [{elapsed}]", desc="starting verl: Ray, workers, model", disable=None)
+        starting = "starting verl: Ray, workers, model; about half a minute, more on a busy machine"
+        self.line = tqdm(bar_format="{desc} [{elapsed}]", desc=starting, disable=None)
+        if self.line.disable:  # no terminal
+            print(starting, flush=True)
 
     def update(self) -> None:
         self.line.refresh()
@@ -47,8 +52,14 @@ class Line:
             return
         self.size = metrics.stat().st_size
         logged = rows(metrics)
+        if self.step < 0 and logged:
+            total = TOTAL_STEPS.search(self.log.read_text(errors="replace"))
+            self.line.reset(total=int(total[1]) if total else None)
+            self.line.initial = min(logged)
+            self.line.bar_format = "{desc} [{elapsed}, about {remaining} left]"
         for self.step in sorted(step for step in logged if step > self.step):
             text = summary(self.step, logged[self.step])
+            self.line.n = self.step
             self.line.set_description_str(text)
             if self.step % 10 == 0 or accuracy(logged[self.step]) is not None:
                 self.line.write(text)
