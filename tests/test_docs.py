@@ -109,6 +109,13 @@ def test_the_readme_and_the_quickstart_agree_on_the_two_commands():
     assert set(first) <= set(readme)
 
 
+def test_the_layout_of_contributing_names_every_room_and_no_other():
+    (table,) = re.findall(r"^\| in `verl_krpo/` .*?\n\n", CONTRIBUTING.read_text(), re.DOTALL | re.MULTILINE)
+    named = {name for row in table.strip().splitlines()[2:] for name in re.findall(r"`([\w/.]+)`", row.split("|")[1])}
+    rooms = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "verl_krpo").glob("[!_]*")}
+    assert {name.removesuffix("kpo.py") for name in named} == rooms - {"py.typed"}
+
+
 @pytest.mark.parametrize("page, least", [("notebook.md", 7), ("memory.md", 1)])
 def test_the_python_of_a_page_runs(page, least, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
