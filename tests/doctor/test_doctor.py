@@ -131,7 +131,7 @@ def test_a_ray_worker_without_the_package(bare_python, free_ports):
         [bare_python, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
         + [f"--port={port}", "--include-dashboard=false", "--num-cpus=1", "--object-store-memory=100000000"]
         + ["--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={short}"],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+        env=os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": ""},
         cwd="/",
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
