@@ -306,13 +306,14 @@ def _hook_calls(tree: ast.AST) -> Iterator[tuple[ast.Call, list[ast.expr]]]:
 
 
 def hooks(verl: Verl) -> Iterator[Need]:
-    """The functions of plugin/hooks.py, and that they still begin with the parameters that ours name."""
-    tree = ast.parse((OURS / "plugin/hooks.py").read_text())
+    """The functions of both hooks.py, and that they still begin with the parameters that ours name."""
+    listed = [OURS / room / "hooks.py" for room in ("plugin", "backends")]
     functions = {}
-    for path in [OURS / "plugin/hooks.py", *sorted(OURS.glob("backends/*.py"))]:
+    for path in {*listed, *OURS.glob("backends/*.py")}:
         top = _top(ast.parse(path.read_text()))
         functions |= {n.name: n for n in top if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
-    for call, arguments in _hook_calls(tree):
+    calls = ((path, *call) for path in listed for call in _hook_calls(ast.parse(path.read_text())))
+    for path, call, arguments in calls:
         module, name = (argument.value for argument in arguments[:2])
         if not _is_verl(module):
             continue
@@ -329,7 +330,7 @@ def hooks(verl: Verl) -> Iterator[Need]:
             shift = "." in name  # self, whatever ours calls it
             if theirs[shift : len(ours)] != ours[shift:]:
                 problem = f"begins with ({', '.join(theirs)}), ours with ({', '.join(ours)})"
-        yield Need(f"{module}.{name}", f"plugin/hooks.py:{call.lineno}", room, problem)
+        yield Need(f"{module}.{name}", f"{path.relative_to(OURS)}:{call.lineno}", room, problem)
 
 
 def _is_verl(module: str) -> bool:

@@ -54,7 +54,7 @@ def problems(report: dict, runs: int, device: str) -> list[str]:
 
 def markdown(report: dict) -> str:
     """The runs, a row each, and the benchmarks below them."""
-    from verl_krpo.bench.timing import markdown as table
+    from verl_krpo.report.tables import markdown as table
 
     names = list(dict.fromkeys(name for run in report["runs"].values() for name in run))
     rows = [{"run": label} | {name: run.get(name) for name in names} for label, run in report["runs"].items()]

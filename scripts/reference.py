@@ -2,7 +2,7 @@
 
 python scripts/reference.py
 
-Writes docs/configuration.md (KrpoConfig, KpoConfig) and docs/metrics.md (plugin/metrics.py, kpo._diagnostics); a test
+Writes docs/configuration.md (ESTIMATORS, KpoConfig) and docs/metrics.md (plugin/metrics.py, kpo._diagnostics); a test
 compares them.
 """
 
@@ -12,18 +12,20 @@ import re
 from enum import Enum
 from pathlib import Path
 
-from verl_krpo.config import PRESETS, KpoConfig, KrpoConfig
+from verl_krpo.advantage import ESTIMATORS
+from verl_krpo.config import KpoConfig
 from verl_krpo.plugin import metrics
 from verl_krpo.policy_loss import kpo
 
 PAGES = [Path(__file__).parents[1] / "docs" / name for name in ("configuration.md", "metrics.md")]
-# Plain symbols of the docstrings, perhaps compared with 0: Q/R, m0, P0, kappa, x_{i|i-1}, K_1.
-SYMBOL = re.compile(r"\b(?:Q/R|[QR]|[mP]0|kappa|[A-Za-z]_(?:\{[^{}]+\}|\w))(?!\w)(?: >=? 0)?")
+# Plain symbols of the docstrings, alone, with others, or compared with 0: P0, kappa, x_{i|i-1}, Q/R, r - b.
+ATOM = r"\b(?:[QRwrb]|[mP]0|kappa|[A-Za-z]_(?:\{[^{}]+\}|\w))(?!\w)"
+TERM = rf"{ATOM}(?: ?[-/] ?{ATOM})*"
+FORMULA = re.compile(rf"sum {ATOM} \({TERM}\)\^2|{TERM}(?: >=? 0)?")
 
 
-def keys(presets: dict[str, KrpoConfig] | dict[str, KpoConfig]) -> str:
-    """One row a key: its value in every preset, and its line of the class's `Attributes`."""
-    (cls,) = {type(preset) for preset in presets.values()}
+def keys(cls: type) -> str:
+    """One row a key: its default, and its line of the class's `Attributes`."""
     described = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", inspect.getdoc(cls), re.MULTILINE))
     rows = []
     for field in dataclasses.fields(cls):
@@ -32,8 +34,8 @@ def keys(presets: dict[str, KrpoConfig] | dict[str, KpoConfig]) -> str:
             words = [f"`{word.value}`" for word in type(field.default)]
             explained = all(word in text for word in words if word != "`none`")
             text = text if explained else f"{', '.join(words)}: {text}"
-        rows.append([f"`{field.name}`", *(spelled(getattr(preset, field.name)) for preset in presets.values()), text])
-    return table(["key", *presets, "what it is"], rows)
+        rows.append([f"`{field.name}`", spelled(field.default), text])
+    return table(["key", "default", "what it is"], rows)
 
 
 def glossary(prefix: str, described: object) -> str:
@@ -62,17 +64,17 @@ def maths(text: str) -> str:
     """A docstring's text in a cell: on one line, its symbols as formulas."""
 
     def formula(found: re.Match) -> str:
-        symbol = re.sub(r"\b([mP])0", r"\1_0", found[0]).replace(">=", r"\ge").replace("|", r"\vert ")
-        return f"${symbol.replace('kappa', chr(92) + 'kappa')}$"
+        symbols = re.sub(r"\b(kappa|sum)\b", r"\\\1", re.sub(r"\b([mP])0", r"\1_0", found[0]))
+        return f"${symbols.replace('>=', chr(92) + 'ge').replace('|', chr(92) + 'vert ')}$"
 
-    return SYMBOL.sub(formula, " ".join(text.split())).replace("|", r"\|")
+    return FORMULA.sub(formula, " ".join(text.split())).replace("|", r"\|")
 
 
 def written(page: str) -> str:
     """The page with its tables as the code has them now."""
     tables = {
-        "KrpoConfig": keys(PRESETS),
-        "KpoConfig": keys({"default": KpoConfig()}),
+        "KpoConfig": keys(KpoConfig),
+        **{estimator.keys.__name__: keys(estimator.keys) for estimator in ESTIMATORS.values()},
         "plugin/metrics.py": glossary("", metrics),
         "kpo._diagnostics": glossary("actor/", kpo._diagnostics),
     }

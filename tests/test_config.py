@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 from omegaconf import OmegaConf
 
-from verl_krpo.config import KPO_AT, KRPO_AT, KpoConfig, KrpoConfig, read
+from verl_krpo.config import KPO_AT, AdaptiveConfig, JspoConfig, KpoConfig, KrpoConfig, MemoryConfig, read
+
+KRPO_AT = "algorithm.krpo"
 
 
-def test_defaults_are_the_published_ones():
+def test_defaults_are_the_published_settings_members_shuffled():
     assert dataclasses.asdict(KrpoConfig()) == {
         "process_var": 1e-5,
         "measurement_var": 1e-2,
@@ -18,9 +20,11 @@ def test_defaults_are_the_published_ones():
         "order": "shuffled",
         "baseline": "causal",
         "scale": "filter_std",
-        "memory": "none",
-        "memory_var": "auto",
+        "weight": "none",
     }
+    assert dataclasses.asdict(AdaptiveConfig()) == {"weight": "none", "scale": "model"}
+    assert dataclasses.asdict(MemoryConfig()) == {"weight": "none", "scale": "model", "memory_var": "auto"}
+    assert dataclasses.asdict(JspoConfig()) == {}
     assert dataclasses.asdict(KpoConfig()) == {
         "process_var": 1e-6,
         "measurement_var": 1.0,
@@ -38,11 +42,11 @@ def test_no_node_gives_the_defaults():
 
 
 def test_yaml_numbers_and_words_are_typed():
-    config = read(
-        KrpoConfig, OmegaConf.create("{process_var: 0, measurement_var: batch, init_mean: 1, order: arrival}"), KRPO_AT
-    )
-    assert (config.process_var, config.measurement_var, config.init_mean) == (0.0, "batch", 1)
-    assert config.order == "arrival"
+    config = read(KrpoConfig, OmegaConf.create("{process_var: 0, init_mean: 1, order: arrival}"), KRPO_AT)
+    assert (config.process_var, config.init_mean, config.order) == (0.0, 1.0, "arrival")
+    config = read(KpoConfig, OmegaConf.create("{measurement_var: batch, clip: false}"), KPO_AT)
+    assert (config.measurement_var, config.clip) == ("batch", False)
+    assert read(MemoryConfig, {"memory_var": 0.1}, "at").memory_var == 0.1
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,14 @@ def test_yaml_numbers_and_words_are_typed():
         (KrpoConfig, KRPO_AT, "process_var", float("nan")),
         (KrpoConfig, KRPO_AT, "process_var", "batch"),
         (KrpoConfig, KRPO_AT, "measurement_var", 0.0),
-        (KrpoConfig, KRPO_AT, "measurement_var", "group"),
+        (KrpoConfig, KRPO_AT, "measurement_var", "batch"),
+        (KrpoConfig, KRPO_AT, "weight", "scores"),
+        (AdaptiveConfig, "algorithm.krpo_adaptive", "weight", "energy"),
+        (AdaptiveConfig, "algorithm.krpo_adaptive", "scale", "filter_std"),
+        (AdaptiveConfig, "algorithm.krpo_adaptive", "memory_var", 1.0),
+        (MemoryConfig, "algorithm.krpo_memory", "memory_var", -1.0),
+        (MemoryConfig, "algorithm.krpo_memory", "weight", 2),
+        (JspoConfig, "algorithm.jspo", "scale", "none"),
         (KrpoConfig, KRPO_AT, "init_mean", float("inf")),
         (KrpoConfig, KRPO_AT, "init_var", -1e-9),
         (KrpoConfig, KRPO_AT, "epsilon", -1.0),

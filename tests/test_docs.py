@@ -15,14 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from verl_krpo import advantage
+from verl_krpo.advantage import ESTIMATORS, Estimator
 from verl_krpo.advantage.krpo import krpo
-from verl_krpo.advantage.memory import PromptMemory
-from verl_krpo.config import MEMORY, KpoConfig, KrpoConfig
+from verl_krpo.advantage.memory import PromptMemory, krpo_memory
+from verl_krpo.config import KPO_AT, KpoConfig, KrpoConfig, MemoryConfig
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md")) + [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-CONFIGS = {"algorithm.krpo": KrpoConfig, "policy_loss.kpo": KpoConfig}
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = sorted(DOCS.glob("*.md")) + [ROOT / "README.md", CONTRIBUTING]
+CONFIGS = {f"algorithm.{name}": estimator.keys for name, estimator in ESTIMATORS.items()} | {KPO_AT: KpoConfig}
 CPU_JOB = """#!/usr/bin/env bash
 exec python -m verl_krpo check algorithm.adv_estimator=grpo data.train_batch_size=32 trainer.n_gpus_per_node=1 \
     actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n=8 \
@@ -31,8 +34,8 @@ exec python -m verl_krpo check algorithm.adv_estimator=grpo data.train_batch_siz
 """
 
 
-def blocks(page):
-    return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+def blocks(page, language="bash"):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def bash(script, cwd, timeout, **env):
@@ -106,10 +109,46 @@ def test_the_readme_and_the_quickstart_agree_on_the_two_commands():
     assert set(first) <= set(readme)
 
 
-def test_the_notebook_runs():
-    code = re.findall(r"```python\n(.*?)```", (DOCS / "notebook.md").read_text(), re.DOTALL)
-    assert len(code) >= 5
+@pytest.mark.parametrize("page, least", [("notebook.md", 7), ("memory.md", 1)])
+def test_the_python_of_a_page_runs(page, least, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks(DOCS / page, "python")
+    assert len(code) >= least
     exec("\n".join(code), {})
+
+
+def test_the_baseline_of_contributing_is_four_files_and_verl_can_call_it(monkeypatch):
+    from verl_krpo.plugin import estimator, metrics
+
+    files = dict(re.match(r"# (\S+)\n(.*)", code, re.DOTALL).groups() for code in blocks(CONTRIBUTING, "python"))
+    assert len(files) == 4
+    registered = dict(ESTIMATORS)
+    names = {"ESTIMATORS": registered, "Estimator": Estimator}
+    for code in files.values():
+        exec(code, names)
+    names["test_the_own_reward_is_left_out"]()
+
+    monkeypatch.setattr(estimator, "ESTIMATORS", registered)
+    monkeypatch.setattr(advantage, "ESTIMATORS", registered)
+    metrics.discard()  # of tests before
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+    found, _ = estimator.compute_advantage("median", rewards, torch.ones(3, 2), {}, ["a", "a", "a"])
+    assert found[:, 0].tolist() == [0.5, -1.0, 0.5]
+    assert metrics.drain()["krpo/advantage_std"] == pytest.approx(0.5**0.5)
+
+
+def test_the_two_answers_of_which_variance_are_as_the_page_says():
+    page = runpy.run_path(str(ROOT / "scripts" / "which_variance.py"))
+    for chance in (0.1, 0.5, 0.9):
+        for baseline in (0.0, 0.3, chance, 1 - chance):
+            # the gradient of a right and of a wrong answer, and their variance
+            right, wrong = (1 - baseline) * (1 - chance), baseline * chance
+            mean = chance * right + (1 - chance) * wrong
+            var = chance * (right - mean) ** 2 + (1 - chance) * (wrong - mean) ** 2
+            assert mean == pytest.approx(chance * (1 - chance))
+            assert page["exact"](torch.tensor(chance), baseline).item() == pytest.approx(var, abs=1e-7)
+    found = page["drawn"](0.7)
+    assert sorted(found, key=found.get) == ["krpo_adaptive weight=score", "none", "krpo_adaptive", "rloo"]
 
 
 def experiments():
@@ -137,7 +176,8 @@ def test_the_commands_of_the_papers_compose_and_validate(compose, job):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_key_that_a_page_names_exists(page):
     for at, cls in CONFIGS.items():
-        keys = set(re.findall(rf"(?<!verl_krpo\.){re.escape(at)}\.([a-z_]+)", page.read_text()))
+        short = at.removeprefix("actor_rollout_ref.actor.")
+        keys = set(re.findall(rf"(?<!verl_krpo\.){re.escape(short)}\.([a-z_]+)", page.read_text()))
         assert keys <= set(cls.__dataclass_fields__), f"{page.name}: no such keys of {at}"
 
 
@@ -156,9 +196,11 @@ def test_every_metric_is_in_the_glossary():
     from verl_krpo.plugin import loss, metrics
 
     rewards, index = torch.tensor([1.0, 0, 0, 1, 1]), ["a", "a", "b", "b", "c"]
-    logged = set(metrics.scalars(krpo(rewards, index, KrpoConfig()), KrpoConfig()))
-    memory = krpo(rewards, index, MEMORY, memory=PromptMemory()).memory
-    logged |= set(metrics.scalars(krpo(rewards, index, MEMORY, memory=memory), MEMORY))
+    logged = set(metrics.scalars(krpo(rewards, index), KrpoConfig()))
+    _, before = krpo_memory(rewards, index, PromptMemory())
+    estimate, after = krpo_memory(rewards, index, before)
+    visit = metrics.Visit(before, after, after.step)
+    logged |= set(metrics.scalars(estimate, MemoryConfig(), torch.ones(5), visit))
     config = SimpleNamespace(policy_loss={}, clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
     config.global_batch_info = {}
     ones = torch.ones(2, 3)
@@ -196,7 +238,7 @@ def test_the_compatibility_table_has_every_tested_version():
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="the site needs verl-krpo[docs]")
 def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
     env = {"NO_MKDOCS_2_WARNING": "1"}
-    bash(f"'{sys.executable}' -m mkdocs build --strict --site-dir '{tmp_path / 'site'}'", ROOT, 120, **env)
+    bash(f"'{sys.executable}' -m mkdocs build --strict --site-dir '{tmp_path / 'site'}'", ROOT, 600, **env)
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 15
     for page in pages:

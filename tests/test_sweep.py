@@ -34,7 +34,7 @@ def sweep(tmp_path):
             env=os.environ | ours | knobs,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         return done.returncode, done.stdout.splitlines(), calls.read_text().splitlines()
 

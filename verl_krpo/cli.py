@@ -8,6 +8,7 @@ import typer
 
 from verl_krpo import __version__
 from verl_krpo.data.source import NAMES
+from verl_krpo.lab.cli import study
 
 app = typer.Typer(
     help="KRPO and KPO for verl: data, models, studies and runs read back.",
@@ -19,9 +20,6 @@ data = typer.Typer(
     help="Write a dataset as verl parquet (train.parquet, test.parquet and a card).", no_args_is_help=True
 )
 app.add_typer(data, name="data")
-study = typer.Typer(
-    help="Estimators on simulated rewards, estimators and losses in training; prints a table.", no_args_is_help=True
-)
 app.add_typer(study, name="study")
 
 
@@ -78,7 +76,7 @@ def tiny_model(
     steps: Annotated[int, typer.Option(help="Steps of the supervised warm start.")] = 500,
 ) -> None:
     """Build the tiny Qwen2 model of the CPU recipes and warm-start it (about a minute)."""
-    from verl_krpo.backends.tiny_model import build
+    from verl_krpo.tiny_model import build
 
     build(out, seed=seed, steps=steps)
 
@@ -126,9 +124,9 @@ def replay(
     """Recompute the advantages of a verl job's rollouts under grpo, rloo, jspo, krpo, krpo_adaptive and krpo_memory."""
     from tqdm import tqdm
 
-    from verl_krpo.analysis import replay_report
-    from verl_krpo.analysis.replay import replay, settings_from
-    from verl_krpo.analysis.rollouts import files
+    from verl_krpo.replay import page
+    from verl_krpo.replay.recompute import replay, settings_from
+    from verl_krpo.replay.rollouts import files
 
     settings = settings_from(krpo or [])
     sizes = [sum(path.stat().st_size for path in files(where)) for where in rollouts]
@@ -136,8 +134,8 @@ def replay(
     for where, size in zip(rollouts, sizes, strict=True):
         with tqdm(total=size, desc=where.name, unit="B", unit_scale=True, leave=False, disable=None) as line:
             runs.append(replay(where, settings, advance=line.update))
-    replay_report.show(runs)
-    print(f"\nreport: {replay_report.write(runs, out)}")
+    page.show(runs)
+    print(f"\nreport: {page.write(runs, out)}")
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -162,9 +160,6 @@ def curves(
     out: Annotated[
         Path | None, typer.Option("--out", help="The figure, without ending; `reward` beside the first log.")
     ] = None,
-    fit: Annotated[
-        bool, typer.Option("--fit", help="Also a saturating curve through the accuracy: ceiling, speed, midpoint.")
-    ] = False,
     against: Annotated[
         str | None, typer.Option("--against", metavar="METHOD", help="Also differences to a method, paired by seed.")
     ] = None,
@@ -172,7 +167,7 @@ def curves(
     """What runs have learned: held-out accuracy before and after, reward, seconds a step, and the reward curve."""
     from verl_krpo.runs.curves import show
 
-    show(runs, out, fitted=fit, against=against)
+    show(runs, out, against=against)
 
 
 @app.command()
@@ -198,7 +193,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """avg@k, pass@k and maj@k of verl's validation dumps, with intervals and paired comparisons."""
-    from verl_krpo.analysis.evaluate import show
+    from verl_krpo.evaluate.checkpoints import show
 
     show(dumps, out)
 
@@ -206,133 +201,9 @@ def evaluate(
 @app.command(context_settings=PASSED_ON, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """What filters, loss, estimator, memory and reward cost (see verl-krpo bench --help)."""
-    from verl_krpo.bench.__main__ import main as benchmark
+    from verl_krpo.lab.bench.__main__ import main as benchmark
 
     benchmark(context.args)
-
-
-@study.command()
-def permutation(out: Out, seed: Seed = 0) -> None:
-    """How far advantages and gradient depend on the order of a group (seconds)."""
-    from verl_krpo.studies import permutation
-
-    print(permutation.run(out, seed))
-
-
-@study.command()
-def estimator(out: Out, seed: Seed = 0) -> None:
-    """Every form against GRPO, Dr.GRPO and RLOO over laws of rewards and group sizes (about a minute)."""
-    from verl_krpo.studies import estimator
-
-    print(estimator.run(out, seed))
-
-
-@study.command()
-def sensitivity(out: Out, seed: Seed = 0) -> None:
-    """Signal-to-noise and scale over a grid of Q and R (seconds)."""
-    from verl_krpo.studies import sensitivity
-
-    print(sensitivity.run(out, seed))
-
-
-@study.command()
-def adaptive(out: Out, seed: Seed = 0) -> None:
-    """krpo_adaptive against RLOO over prompts, group sizes and batch sizes (a few minutes)."""
-    from verl_krpo.studies import adaptive
-
-    print(adaptive.run(out, seed))
-
-
-@study.command()
-def memory(out: Out, seed: Seed = 0) -> None:
-    """krpo_memory against RLOO and krpo_adaptive on prompts that recur and drift (a few minutes)."""
-    from verl_krpo.studies import memory
-
-    print(memory.run(out, seed))
-
-
-@study.command()
-def selection(out: Out, seed: Seed = 0) -> None:
-    """What algorithm.filter_groups does to the gradient of each estimator (a few minutes)."""
-    from verl_krpo.studies import selection
-
-    print(selection.run(out, seed))
-
-
-@study.command()
-def gain(out: Out) -> None:
-    """The gain of KPO's filter along a response (seconds)."""
-    from verl_krpo.studies import gain
-
-    print(gain.run(out))
-
-
-@study.command()
-def training(
-    out: Out,
-    conditions: Annotated[
-        str, typer.Option(help="Names from studies/training/conditions.py.")
-    ] = "pairs,fours,fours_flip",
-    methods: Annotated[
-        str, typer.Option(help="Names from studies/training/methods.py.")
-    ] = "rloo,grpo,jspo,krpo,krpo_adaptive",
-    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 20,
-    first_seed: int = 0,
-    model: Annotated[Path, typer.Option(help="The tiny model, made there if it is not.")] = Path("runs/model/tiny"),
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
-    other: Annotated[str, typer.Option(help="A method to compare all with, besides RLOO.")] = "grpo",
-) -> None:
-    """Train the tiny model under every method, on paired seeds; what is in OUT/runs.csv is not run again."""
-    from verl_krpo.backends.tiny_model import build
-    from verl_krpo.studies.training import lab, study
-
-    chosen = range(first_seed, first_seed + seeds)
-    tasks = study.tasks(lab.CONDITIONS, conditions.split(","), lab.METHODS, methods.split(","), chosen)
-    print(study.study(out, lab.run, tasks, model, build, jobs, other))
-
-
-@study.command()
-def gradient(
-    out: Out,
-    condition: Annotated[str, typer.Option(help="A name from studies/training/conditions.py.")] = "pairs",
-    batches: Annotated[int, typer.Option(help="For each checkpoint; 2 MB of memory each and method.")] = 100,
-    model: Annotated[Path, typer.Option(help="The tiny model, made there if it is not.")] = Path("runs/model/tiny"),
-) -> None:
-    """Signal-to-noise of the tiny model's own policy gradient, early, midway and late in training (minutes)."""
-    from verl_krpo.backends.tiny_model import build
-    from verl_krpo.studies import gradient
-
-    build(model)
-    print(gradient.run(out, model, condition, batches))
-
-
-@study.command()
-def off_policy(
-    out: Out,
-    condition: Annotated[str, typer.Option(help="A name from studies/off_policy.py.")] = "calm",
-    methods: Annotated[
-        str, typer.Option(help="Names from studies/off_policy.py.")
-    ] = "reinforce,vanilla,gspo,kpo,kpo_Q0.001_clip0.02",
-    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 10,
-    first_seed: int = 0,
-    model: Annotated[Path, typer.Option(help="Warm-started models, made there if they are not.")] = Path("runs/model"),
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
-    other: Annotated[str, typer.Option(help="A loss to compare all with, besides REINFORCE.")] = "vanilla",
-) -> None:
-    """Policy losses on long answers with many updates a batch; what is in OUT/runs.csv is not run again."""
-    from verl_krpo.studies import off_policy
-    from verl_krpo.studies.training import study
-
-    tasks = study.tasks(
-        off_policy.CONDITIONS,
-        [condition],
-        off_policy.METHODS,
-        methods.split(","),
-        range(first_seed, first_seed + seeds),
-    )
-    length = off_policy.CONDITIONS[condition].length
-    folder = model / f"digits_{length}"
-    print(study.study(out, off_policy.run, tasks, folder, lambda path: off_policy.build(path, length), jobs, other))
 
 
 def main() -> None:

@@ -1,23 +1,18 @@
-"""What a user can set: the defaults are the published ones, a wrong value names its key.
+"""What a user can set: the defaults are the published settings, members shuffled; a wrong value names its key.
 
-Both classes are plain dataclasses. OmegaConf checks keys, types and words, `__post_init__` the ranges.
+All are plain dataclasses. OmegaConf checks keys, types and words, `__post_init__` the ranges. Which estimator has which
+keys: advantage/__init__.py.
 """
 
-import functools
-import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeVar, cast
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 NumberOrWord = int | float | str  # the words are "batch" and "auto"
 BATCH = "batch"
 AUTO = "auto"
-KRPO_AT = "algorithm.krpo"
 KPO_AT = "actor_rollout_ref.actor.policy_loss.kpo"
 
 
@@ -32,7 +27,6 @@ class Baseline(str, Enum):
     posterior = "posterior"
     smoothed = "smoothed"
     leave_one_out = "leave_one_out"
-    jspo = "jspo"
 
 
 class Scale(str, Enum):
@@ -42,9 +36,15 @@ class Scale(str, Enum):
     none = "none"
 
 
-class Memory(str, Enum):
+class AdaptiveScale(str, Enum):
+    model = "model"
     none = "none"
-    prompt = "prompt"
+
+
+class Weight(str, Enum):
+    none = "none"
+    length = "length"
+    score = "score"
 
 
 class Gain(str, Enum):
@@ -57,10 +57,9 @@ def _finite(value: Any) -> bool:
 
 
 Rule = tuple[Callable[[Any], bool], str]  # what holds for a valid value, and in words
-FINITE_OR_BATCH: Rule = (lambda v: v == BATCH or _finite(v), "a finite number or the word batch")
+FINITE: Rule = (_finite, "a finite number")
 NON_NEGATIVE: Rule = (lambda v: _finite(v) and v >= 0, "a finite number >= 0")
 NON_NEGATIVE_OR_AUTO: Rule = (lambda v: v == AUTO or (_finite(v) and v >= 0), f"{NON_NEGATIVE[1]} or the word auto")
-NON_NEGATIVE_OR_BATCH: Rule = (lambda v: v == BATCH or (_finite(v) and v >= 0), f"{NON_NEGATIVE[1]} or the word batch")
 POSITIVE: Rule = (lambda v: _finite(v) and v > 0, "a finite number > 0")
 POSITIVE_OR_BATCH: Rule = (lambda v: v == BATCH or (_finite(v) and v > 0), f"{POSITIVE[1]} or the word batch")
 POSITIVE_OR_NULL: Rule = (lambda v: v is None or (_finite(v) and v > 0), f"{POSITIVE[1]} or null")
@@ -71,21 +70,13 @@ def _validate(config: Any, at: str, rules: dict[str, Rule], words: dict[str, typ
     for key, (holds, rule) in rules.items():
         value = getattr(config, key)
         if not holds(value):
-            raise ValueError(f"{at}.{key}={value!r} is not valid: {rule}")
+            raise ValueError(f"{at}.{key}={value!r} is not valid: {rule}{moved(f'{at}.{key}', value)}")
     for key, enum in words.items():
         value = getattr(config, key)
         if value not in list(enum):
-            raise ValueError(f"{at}.{key}={value!r} is not valid: one of {', '.join(enum.__members__)}")
+            words_of = ", ".join(enum.__members__)
+            raise ValueError(f"{at}.{key}={value!r} is not valid: one of {words_of}{moved(f'{at}.{key}', value)}")
         setattr(config, key, enum(value))
-
-
-SHRUNK = {  # a group's mean is shrunk towards those of the batch
-    "process_var": 0.0,
-    "measurement_var": BATCH,
-    "init_mean": BATCH,
-    "init_var": BATCH,
-    "baseline": Baseline.leave_one_out,
-}
 
 
 @dataclass
@@ -94,56 +85,86 @@ class KrpoConfig:
 
     Attributes:
         process_var: Q >= 0, variance of the drift between two members of a group, in squared reward units
-        measurement_var: R > 0, variance of a reward around the state, or `batch`: estimated from the other groups
-        init_mean: m0, prior mean of the state in reward units, or `batch`
-        init_var: P0 >= 0, prior variance of the state, or `batch`
+        measurement_var: R > 0, variance of a reward around the state
+        init_mean: m0, prior mean of the state in reward units
+        init_var: P0 >= 0, prior variance of the state
         epsilon: added to the standard deviation that divides, >= 0
         order: in which order the members of a group are filtered; `arrival` is in verl shortest first, `shuffled` a
             permutation by the prompt's id
-        baseline: which estimate of the state is subtracted from the reward; jspo (arXiv 2511.03710), which is no
-            filter, reads neither the model nor the order and goes with scale `none` or `group_std`
+        baseline: which estimate of the state is subtracted from the reward
         scale: what the difference is divided by
-        memory: `prompt` keeps a state a prompt over training time (advantage/memory.py)
-        memory_var: Q >= 0 of such a state, variance of its drift in a step, or `auto`: learned
+        weight: w of the noise R / w that a reward has of its own: `score`, the square of its response's score,
+            `length`, its length, or `none`, 1
     """
 
     process_var: float = 1e-5
-    measurement_var: NumberOrWord = 1e-2
-    init_mean: NumberOrWord = 0.0
-    init_var: NumberOrWord = 1.0
+    measurement_var: float = 1e-2
+    init_mean: float = 0.0
+    init_var: float = 1.0
     epsilon: float = 1e-8
     order: Order = Order.shuffled
     baseline: Baseline = Baseline.causal
     scale: Scale = Scale.filter_std
-    memory: Memory = Memory.none
-    memory_var: NumberOrWord = AUTO
+    weight: Weight = Weight.none
 
     def __post_init__(self) -> None:
         rules = {
             "process_var": NON_NEGATIVE,
-            "measurement_var": POSITIVE_OR_BATCH,
-            "init_mean": FINITE_OR_BATCH,
-            "init_var": NON_NEGATIVE_OR_BATCH,
+            "measurement_var": POSITIVE,
+            "init_mean": FINITE,
+            "init_var": NON_NEGATIVE,
             "epsilon": NON_NEGATIVE,
-            "memory_var": NON_NEGATIVE_OR_AUTO,
         }
-        _validate(self, KRPO_AT, rules, {"order": Order, "baseline": Baseline, "scale": Scale, "memory": Memory})
-        if self.baseline == Baseline.jspo and self.scale in (Scale.filter_std, Scale.innovation_std):
+        at = "algorithm.krpo"
+        _validate(self, at, rules, {"order": Order, "baseline": Baseline, "scale": Scale, "weight": Weight})
+        if self.scale == Scale.filter_std and self.process_var == 0 and self.init_var == 0:
             raise ValueError(
-                f"{KRPO_AT}.scale={self.scale.value} needs the variance of a filter, which {KRPO_AT}.baseline=jspo is "
-                "not: use scale=none, the published one, or scale=group_std"
+                f"{at}.scale=filter_std divides by the state's standard deviation, which is zero with process_var=0 "
+                "and init_var=0: use scale=innovation_std, or a process_var > 0"
             )
-        others = [f"{key}={getattr(self, key)}" for key, value in SHRUNK.items() if getattr(self, key) != value]
-        if self.memory == Memory.prompt and others:
-            raise ValueError(
-                f"{KRPO_AT}.memory=prompt has the prior and the baseline of krpo_adaptive, not {', '.join(others)}: "
-                "start from +algorithm=krpo_memory, or set memory=none"
-            )
-        if self.scale == Scale.filter_std and self.process_var == 0 and self.init_var in (0, BATCH):
-            raise ValueError(
-                f"{KRPO_AT}.scale=filter_std divides by the state's standard deviation, which process_var=0 with "
-                f"init_var={self.init_var} can make zero: use scale=innovation_std, or a process_var > 0"
-            )
+
+
+@dataclass
+class AdaptiveConfig:
+    """`algorithm.krpo_adaptive.*`: noise and prior learned from the other prompts of the batch.
+
+    Attributes:
+        weight: by what a reward counts in the baseline: `score`, the square of its response's score (which makes the
+            variance of the gradient small), `length`, or `none`, all alike (which makes that of r - b small)
+        scale: what r - b is divided by: `model`, its standard deviation under the model, or `none`, 1
+    """
+
+    weight: Weight = Weight.none
+    scale: AdaptiveScale = AdaptiveScale.model
+
+    at = "algorithm.krpo_adaptive"  # no field: it has no type
+
+    def __post_init__(self) -> None:
+        _validate(self, self.at, {}, {"weight": Weight, "scale": AdaptiveScale})
+
+
+@dataclass
+class MemoryConfig(AdaptiveConfig):
+    """`algorithm.krpo_memory.*`: krpo_adaptive with a state a prompt that lasts over training time.
+
+    Attributes:
+        weight: as in krpo_adaptive
+        scale: as in krpo_adaptive
+        memory_var: Q >= 0, variance of a state's drift in a step, or `auto`: learned
+    """
+
+    memory_var: NumberOrWord = AUTO
+
+    at = "algorithm.krpo_memory"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _validate(self, self.at, {"memory_var": NON_NEGATIVE_OR_AUTO}, {})
+
+
+@dataclass
+class JspoConfig:
+    """`algorithm.jspo` has no keys (arXiv 2511.03710)."""
 
 
 @dataclass
@@ -180,14 +201,7 @@ class KpoConfig:
         _validate(self, KPO_AT, rules, {"gain": Gain})
 
 
-# Our recommended estimator, the preset `krpo_adaptive`: unbiased, order-free, its noise and prior fitted to the batch.
-ADAPTIVE = KrpoConfig(**SHRUNK, scale=Scale.innovation_std)
-# The same with a state a prompt that lasts, the preset `krpo_memory`.
-MEMORY = replace(ADAPTIVE, memory=Memory.prompt)
-# By name: of algorithm.adv_estimator, and of the config group that opens algorithm.krpo.
-PRESETS = {"krpo": KrpoConfig(), "krpo_adaptive": ADAPTIVE, "krpo_memory": MEMORY}
-
-Config = TypeVar("Config", KrpoConfig, KpoConfig)
+Config = TypeVar("Config", bound=Any)
 
 
 def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
@@ -197,27 +211,28 @@ def read(cls: type[Config], node: Mapping | Config | None, at: str) -> Config:
     """
     if isinstance(node, cls):
         return node
-    values = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node or {})
-    return _read(cls, json.dumps(values, default=lambda value: getattr(value, "name", str(value))), at)
+    from omegaconf import OmegaConf  # here: the estimators themselves run without it
+    from omegaconf.errors import OmegaConfBaseException
 
-
-@functools.lru_cache(maxsize=64)  # a reading takes longer than the filter does
-def _read(cls: type[Config], text: str, at: str) -> Config:
-    node = cast(DictConfig, OmegaConf.create(json.loads(text)))
-    node.pop("_target_", None)
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    values = dict(cast(Mapping, plain or {}))
+    values.pop("_target_", None)
     try:
-        return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node)))
+        return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values)))
     except OmegaConfBaseException as error:
         key = f"{at}.{error.full_key}" if error.full_key else at
-        known = ", ".join(cls.__dataclass_fields__)
-        raise ValueError(f"{key}: {str(error).splitlines()[0]} (keys of {at}: {known})") from error
+        known = ", ".join(cls.__dataclass_fields__) or "none"
+        raise ValueError(
+            f"{key}: {str(error).splitlines()[0]}{moved(key, values.get(error.full_key))} (keys of {at}: {known})"
+        ) from error
 
 
-def krpo_settings(algorithm: Any) -> KrpoConfig:
-    """The settings of verl's `algorithm` node (DictConfig, AlgoConfig, dict or None): the preset that adv_estimator
-    names, with the keys of its `krpo` over it; ValueError if wrong."""
-    node, name = (algorithm.get("krpo"), algorithm.get("adv_estimator")) if algorithm is not None else (None, None)
-    if isinstance(node, KrpoConfig):
-        return node
-    preset = PRESETS[name] if name in PRESETS else PRESETS["krpo"]
-    return read(KrpoConfig, {**vars(preset), **(node or {})}, KRPO_AT)
+def moved(key: str, value: Any) -> str:
+    """Of a key or value of version 0.2: what says the same now, else nothing."""
+    if key in ("algorithm.krpo.memory", "algorithm.krpo.memory_var"):
+        return "; since 0.3 the memory is an estimator of its own: +algorithm=krpo_memory, with its key memory_var"
+    if key == "algorithm.krpo.baseline" and value == "jspo":
+        return "; since 0.3 jspo is an estimator of its own: algorithm.adv_estimator=jspo"
+    if key.startswith("algorithm.krpo.") and value == BATCH:
+        return "; since 0.3 what a batch estimates is an estimator of its own: algorithm.adv_estimator=krpo_adaptive"
+    return ""

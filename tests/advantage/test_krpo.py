@@ -8,20 +8,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from verl_krpo import krpo
+from verl_krpo.advantage import settings_of
 from verl_krpo.advantage.groups import group
-from verl_krpo.config import ADAPTIVE as PRESET
-from verl_krpo.config import Baseline, KrpoConfig, Order, Scale, krpo_settings
+from verl_krpo.config import Baseline, KrpoConfig, Order, Scale
 from verl_krpo.plugin.estimator import compute_advantage
 
-ADAPTIVE = dict(
-    process_var=0.0,
-    measurement_var="batch",
-    init_mean="batch",
-    init_var="batch",
-    baseline="leave_one_out",
-    scale="innovation_std",
-)
-FILTERS = [baseline for baseline in Baseline if baseline != Baseline.jspo]
 NOISE = [(0.0, 1e-2), (1e-8, 1e-3), (1e-5, 1e-2), (1e-3, 10.0), (1.0, 1.0), (1.0, 1e-3), (0.0, 10.0)]
 PRIORS = [(0.0, 1.0), (0.7, 0.05)]
 
@@ -53,7 +44,7 @@ def test_published_numbers_in_float32(oracle):
 
 
 @pytest.mark.parametrize("scale", Scale)
-@pytest.mark.parametrize("baseline", FILTERS)
+@pytest.mark.parametrize("baseline", Baseline)
 def test_every_form_is_the_joint_gaussian_conditional(oracle, baseline, scale):
     rng = np.random.default_rng(1)
     for process_var, measurement_var in NOISE:
@@ -69,7 +60,7 @@ def test_every_form_is_the_joint_gaussian_conditional(oracle, baseline, scale):
                     np.testing.assert_allclose(found[rows], exact, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("baseline", [b for b in FILTERS if b != Baseline.posterior])
+@pytest.mark.parametrize("baseline", [b for b in Baseline if b != Baseline.posterior])
 def test_baselines_agree_with_statsmodels(oracle, baseline):
     from statsmodels.tsa.statespace.structural import UnobservedComponents
 
@@ -110,40 +101,6 @@ def test_baselines_agree_with_statsmodels(oracle, baseline):
     np.testing.assert_allclose(found, rewards - mean, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["normal", "binary"])
-def test_adaptive_is_its_formula_with_the_other_groups_moments(oracle, kind):
-    rng = np.random.default_rng(3)
-    for prompts in (3, 4, 16):
-        rewards, uids = oracle.random_groups(rng, prompts, 9, kind)
-        found = oracle.advantage_of(rewards, uids, **ADAPTIVE)
-        members = places(uids, Order.arrival)
-        by_group = [rewards[rows] for rows in members.values()]
-        for at, rows in enumerate(members.values()):
-            mean, var = oracle.dense(rewards[rows], "leave_one_out", 0.0, *oracle.others_prior(by_group, at))
-            exact = (rewards[rows] - mean) / np.sqrt(var + oracle.noise_var(by_group))
-            np.testing.assert_allclose(found[rows], exact, rtol=1e-6, atol=1e-9)
-
-
-@pytest.mark.parametrize("init_mean", [0.0, 0.4])
-def test_a_prior_variance_around_a_given_mean(oracle, init_mean):
-    rng = np.random.default_rng(8)
-    rewards, uids = oracle.random_groups(rng, 6, 9)
-    found = oracle.advantage_of(rewards, uids, **ADAPTIVE | dict(init_mean=init_mean, scale="none"))
-    members = places(uids, Order.arrival)
-    by_group = [rewards[rows] for rows in members.values()]
-    for at, rows in enumerate(members.values()):
-        mean, _ = oracle.dense(rewards[rows], "leave_one_out", 0.0, *oracle.others_prior(by_group, at, init_mean))
-        np.testing.assert_allclose(found[rows], rewards[rows] - mean, rtol=1e-6, atol=1e-9)
-
-
-def test_the_first_success_of_a_batch_is_not_blown_up(oracle):
-    """One reward of 1 in 128: the others' rewards have no spread to divide by, the batch's have."""
-    rewards, uids = np.zeros(128), np.repeat(np.arange(16), 8)
-    rewards[5] = 1.0
-    found = oracle.advantage_of(rewards, uids, **ADAPTIVE)
-    assert found[5] == pytest.approx(np.sqrt(112 / 0.875), rel=1e-6) and np.abs(np.delete(found, 5)).max() < 0.2
-
-
 # What it must not depend on
 
 small_reward = st.sampled_from([0.0, 0.01, 0.5, 1.0]) | st.integers(-64, 64).map(lambda k: k / 16)
@@ -151,10 +108,10 @@ groups_of_rewards = st.lists(st.lists(small_reward, min_size=1, max_size=7), min
 forms = st.fixed_dictionaries(
     dict(
         process_var=st.sampled_from([1e-5, 0.1]),
-        measurement_var=st.sampled_from([1e-2, 1.0, "batch"]),
-        init_mean=st.sampled_from([0.0, "batch"]),
-        init_var=st.sampled_from([1.0, "batch"]),
-        baseline=st.sampled_from([b.value for b in FILTERS]),
+        measurement_var=st.sampled_from([1e-2, 1.0]),
+        init_mean=st.sampled_from([0.0, 0.4]),
+        init_var=st.sampled_from([1.0, 0.05]),
+        baseline=st.sampled_from([b.value for b in Baseline]),
         scale=st.sampled_from([s.value for s in Scale]),
         order=st.sampled_from([o.value for o in Order]),
     )
@@ -188,50 +145,30 @@ def test_interleaving_the_groups_changes_nothing(oracle, by_group, form, random)
     st.randoms(),
 )
 def test_order_free_forms_ignore_the_order_within_a_group(oracle, by_group, baseline, scale, order, adaptive, random):
-    form = dict(ADAPTIVE) if adaptive else dict(process_var=0.0)
-    if not (adaptive and scale == "filter_std"):
-        form |= dict(baseline=baseline, scale=scale)
+    form = (
+        dict(name="krpo_adaptive") if adaptive else dict(process_var=0.0, baseline=baseline, scale=scale, order=order)
+    )
     rows = rows_of(by_group)
-    plain = oracle.advantage_of([r for _, r in rows], [u for u, _ in rows], order=order, **form)
+    plain = oracle.advantage_of([r for _, r in rows], [u for u, _ in rows], **form)
     taken = list(range(len(rows)))
     random.shuffle(taken)
-    mixed = oracle.advantage_of([rows[i][1] for i in taken], [rows[i][0] for i in taken], order=order, **form)
+    mixed = oracle.advantage_of([rows[i][1] for i in taken], [rows[i][0] for i in taken], **form)
     np.testing.assert_allclose(mixed, plain[taken], rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=60)
-@given(groups_of_rewards, forms, st.integers(-40, 40).map(lambda k: k / 8))
-def test_a_shift_of_all_rewards_changes_nothing_where_the_prior_mean_is_estimated(oracle, by_group, form, shift):
-    form = form | dict(init_mean="batch")
-    rows = rows_of(by_group)
-    uids = [u for u, _ in rows]
-    plain = oracle.advantage_of([r for _, r in rows], uids, **form)
-    moved = oracle.advantage_of([r + shift for _, r in rows], uids, **form)
-    np.testing.assert_allclose(moved, plain, rtol=1e-6, atol=1e-6)
-
-
-@settings(max_examples=60)
-@given(
-    st.lists(st.lists(small_reward, min_size=2, max_size=7).filter(lambda g: len(set(g)) > 1), min_size=2, max_size=6),
-    st.sampled_from([b.value for b in FILTERS]),
-    st.sampled_from(["innovation_std", "group_std", "none"]),
-    st.integers(-3, 3).map(lambda k: 2.0**k),
-)
-def test_units_of_the_reward_do_not_matter_where_all_is_estimated(oracle, by_group, baseline, scale, factor):
-    """Scaled rewards have the same advantages, or scaled ones without a scale (Q carries units, so it is 0 here)."""
-    form = ADAPTIVE | dict(baseline=baseline, scale=scale, epsilon=0.0)
-    rows = rows_of(by_group)
-    uids = [u for u, _ in rows]
-    plain = oracle.advantage_of([r for _, r in rows], uids, **form)
-    scaled = oracle.advantage_of([factor * r for _, r in rows], uids, **form)
-    np.testing.assert_allclose(scaled, plain * (factor if scale == "none" else 1.0), rtol=1e-6, atol=1e-9)
-
-
-@settings(max_examples=40)
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=6), st.floats(-1e3, 1e3, width=32))
-def test_equal_rewards_have_no_advantage_under_adaptive(oracle, sizes, reward):
-    uids = [f"uid-{k}" for k, size in enumerate(sizes) for _ in range(size)]
-    assert (oracle.advantage_of([reward] * len(uids), uids, **ADAPTIVE) == 0).all()
+def test_weights_are_noises_of_their_own(oracle):
+    """Every form against the joint Gaussian with R / w_i; weights count in units of their mean."""
+    rng = np.random.default_rng(7)
+    noise = dict(process_var=0.02, measurement_var=0.4, init_mean=0.3, init_var=0.8)
+    rewards, uids = oracle.random_groups(rng, 6, 7)
+    weights = rng.exponential(size=len(rewards))
+    for baseline in Baseline:
+        settings = KrpoConfig(**noise, baseline=baseline, scale="none", order="arrival")
+        estimate = krpo(torch.tensor(rewards), uids, settings, 5.0 * torch.tensor(weights))
+        for rows in places(uids, Order.arrival).values():
+            own = noise | dict(measurement_var=0.4 / (weights[rows] / weights.mean()))
+            mean, _ = oracle.dense(rewards[rows], baseline.value, *own.values())
+            np.testing.assert_allclose(estimate.advantages()[rows], rewards[rows] - mean, rtol=1e-9, atol=1e-9)
 
 
 def test_a_diffuse_prior_makes_the_group_mean_and_rloo(oracle):
@@ -250,8 +187,12 @@ def test_a_diffuse_prior_makes_the_group_mean_and_rloo(oracle):
 def test_unbiased_forms_do_not_read_their_own_reward(oracle):
     rng = np.random.default_rng(5)
     rewards, uids = oracle.random_groups(rng, 5, 6)
-    for form in (dict(baseline="predicted"), dict(baseline="leave_one_out"), dict(baseline="jspo"), ADAPTIVE):
-        form = form | dict(scale="none")
+    for form in (
+        dict(baseline="predicted", scale="none"),
+        dict(baseline="leave_one_out", scale="none"),
+        dict(name="jspo"),
+        dict(name="krpo_adaptive", scale="none"),
+    ):
         baseline = rewards - oracle.advantage_of(rewards, uids, **form)
         for row in range(len(rewards)):
             other = rewards.copy()
@@ -268,7 +209,7 @@ def test_padding_and_rejected_rows_get_zero_and_change_nobody(oracle):
     rewards, uids = oracle.random_groups(rng, 5, 6)
     n = len(rewards)
     extra = np.array([0.0, 0.0, np.nan, 1e6])
-    for form in ({}, ADAPTIVE, dict(baseline="smoothed", process_var=0.1)):
+    for form in ({}, dict(name="krpo_adaptive"), dict(name="jspo"), dict(baseline="smoothed", process_var=0.1)):
         plain = oracle.advantage_of(rewards, uids, **form)
         batch = oracle.batch(
             np.append(rewards, extra), uids + ["pad-1", "pad-1", uids[0], uids[1]], masked=range(n, n + 4), **form
@@ -279,7 +220,7 @@ def test_padding_and_rejected_rows_get_zero_and_change_nobody(oracle):
 
 
 def test_a_batch_of_padding_alone(oracle):
-    for form in ({}, ADAPTIVE):
+    for form in ({}, dict(name="krpo_adaptive"), dict(name="jspo")):
         found, _ = compute_advantage(**oracle.batch([0.0, 0.0], ["pad", "pad"], masked=[0, 1], **form))
         assert (found == 0).all()
 
@@ -327,8 +268,6 @@ def test_a_group_of_one_follows_its_forms_formula(oracle):
         (dict(baseline="leave_one_out", scale="group_std"), 1.0),
     ):
         assert oracle.advantage_of([1.0], ["a"], **form) == pytest.approx([exact], rel=1e-9)
-    # Nothing to compare with at all.
-    assert oracle.advantage_of([1.0], ["a"], **ADAPTIVE) == [0.0]
 
 
 def test_group_std_of_equal_rewards_divides_by_one(oracle):
@@ -337,31 +276,13 @@ def test_group_std_of_equal_rewards_divides_by_one(oracle):
     np.testing.assert_array_equal(found, exact)
 
 
-def test_jspo_is_its_published_formula(oracle):
-    rng = np.random.default_rng(9)
-    for prompts, size in ((3, 2), (7, 4), (16, 8)):
-        rewards = rng.integers(0, 2, (prompts, size)) + 0.1 * rng.normal(size=(prompts, size))
-        uids = np.repeat([f"uid-{k}" for k in range(prompts)], size)
-        estimate = krpo(rewards.ravel(), uids, KrpoConfig(baseline="jspo", scale="none"))
-        exact = (rewards - oracle.jspo_baseline(rewards)).ravel()
-        np.testing.assert_allclose(estimate.advantages().numpy(), exact, rtol=1e-10, atol=1e-12)
-
-
-def test_jspo_where_there_is_little_to_compare_with(oracle):
-    form = dict(baseline="jspo", scale="none")
-    assert oracle.advantage_of([1.0, 0.0, 0.5], "aab", **form).tolist() == [1.0, -1.0, 0.0]  # two prompts: RLOO
-    assert oracle.advantage_of([1.0] * 6, "aabbcc", **form).tolist() == [0.0] * 6
-    found = oracle.advantage_of([1.0, 0.0, 0.5, 1.0, 1.0], "aabcc", **form)
-    assert found[2] == pytest.approx(0.5 - (0.5 + 1.0) / 2)  # alone: the mean of the other prompts' means
-
-
 def test_the_pure_function_by_rows(oracle):
     """Plain lists and plain words; rows by prompt in any order, what is not counted gets 0."""
     rewards, prompts = [1.0, 0.0, 1.0, 0.5], ["a", "b", "a", "b"]
     estimate = krpo(rewards, prompts, KrpoConfig(order="arrival"))
     np.testing.assert_allclose(estimate.advantages().numpy(), oracle.published(rewards, prompts), rtol=1e-12)
     counted = torch.tensor([True, True, False, True])
-    without = krpo(rewards, prompts, KrpoConfig(order="arrival"), counted).advantages()
+    without = krpo(rewards, prompts, KrpoConfig(order="arrival"), counted=counted).advantages()
     assert without[2] == 0 and without[0] == estimate.advantages()[0]
     assert krpo([], []).advantages().shape == (0,)
 
@@ -384,7 +305,7 @@ def test_config_may_be_anything_that_verl_passes(oracle):
     changed = OmegaConf.create({"krpo": {"init_var": 0.5}})
     assert not torch.equal(compute_advantage(**batch | dict(config=changed))[0], plain)
     reference = OmegaConf.create({"data": {"p": 0.5}, "algorithm": {"krpo": {"init_var": "${data.p}"}}}).algorithm
-    assert krpo_settings(reference) == krpo_settings(changed)
+    assert settings_of("krpo", reference) == settings_of("krpo", changed)
     changed.krpo.init_var = 1.0
     assert torch.equal(compute_advantage(**batch | dict(config=changed))[0], plain)
 
@@ -399,9 +320,10 @@ def test_config_may_be_anything_that_verl_passes(oracle):
         ({"process_var": -1e-5}, "algorithm.krpo.process_var"),
         ({"measurement_var": 0}, "algorithm.krpo.measurement_var"),
         ({"init_var": -1}, "algorithm.krpo.init_var"),
-        ({"baseline": "jspo"}, "algorithm.krpo.scale=filter_std.*baseline=jspo"),
+        ({"baseline": "jspo"}, "since 0.3 jspo is an estimator of its own: algorithm.adv_estimator=jspo"),
+        ({"memory": "prompt"}, r"since 0.3 the memory is an estimator of its own: \+algorithm=krpo_memory"),
+        ({"init_mean": "batch"}, "since 0.3 what a batch estimates .* algorithm.adv_estimator=krpo_adaptive"),
         ({"process_var": 0, "init_var": 0}, "algorithm.krpo.scale=filter_std.*init_var=0"),
-        ({"process_var": 0, "init_var": "batch"}, "algorithm.krpo.scale=filter_std.*init_var=batch"),
     ],
 )
 def test_a_wrong_setting_is_named(oracle, node, message):
@@ -432,28 +354,6 @@ def test_verls_own_entry_point_reaches_it(oracle):
     )
     data = compute_advantage(data, adv_estimator="krpo", config=OmegaConf.create(batch["config"]))
     np.testing.assert_allclose(data.batch["advantages"][:, 0], oracle.published([1.0, 0.0, 1.0], "aab"), rtol=1e-6)
-
-
-def test_one_response_a_prompt_is_compared_with_the_other_prompts():
-    """verl's rloo_vectorized has nothing left there, its rloo and grpo no baseline."""
-    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
-
-    rewards = torch.tensor([1.0, 0, 1, 0, 0, 1, 0, 0])
-    prompts = np.array([f"p{i}" for i in range(8)], dtype=object)
-    batch = {"token_level_rewards": rewards[:, None], "response_mask": torch.ones(8, 1), "index": prompts}
-    found = {name: get_adv_estimator_fn(name)(**batch)[0][:, 0] for name in ("rloo_vectorized", "rloo", "grpo")}
-    assert not found["rloo_vectorized"].any() and found["rloo"].equal(rewards)
-    torch.testing.assert_close(found["grpo"], rewards, rtol=1e-5, atol=0)
-    estimate = krpo(rewards, prompts, PRESET)
-    torch.testing.assert_close(estimate.baseline[:, 0], (rewards.sum() - rewards).double() / 7)
-    assert estimate.advantages().sign().equal(2 * rewards.double() - 1)
-
-
-def test_the_preset_is_the_recommended_estimator(compose):
-    algorithm = compose("+algorithm=krpo_adaptive").algorithm
-    assert algorithm.adv_estimator == "krpo" and krpo_settings(algorithm) == PRESET == KrpoConfig(**ADAPTIVE)
-    changed = compose("+algorithm=krpo_adaptive", "algorithm.krpo.scale=none").algorithm
-    assert krpo_settings(changed).scale == Scale.none
 
 
 def test_a_division_by_zero_is_refused_on_the_driver(compose):

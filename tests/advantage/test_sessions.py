@@ -7,7 +7,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from verl_krpo.plugin import hooks, sessions
+from verl_krpo import krpo_adaptive, score_weights
+from verl_krpo.advantage.weights import length_weights
+from verl_krpo.plugin import hooks, scores, sessions
 from verl_krpo.plugin.estimator import compute_advantage
 
 CONFIG = OmegaConf.create({"adv_estimator": "krpo", "krpo": {"order": "arrival"}})
@@ -22,7 +24,7 @@ def trainer():
     return trainer_base
 
 
-def batch_of(keys, rewards):
+def batch_of(keys, rewards, **tensors):
     from verl import DataProto
 
     rows = len(keys)
@@ -32,7 +34,7 @@ def batch_of(keys, rewards):
     token_level_rewards = torch.zeros(rows, 3)
     token_level_rewards[:, 1] = torch.as_tensor(rewards)
     return DataProto.from_dict(
-        tensors={"token_level_rewards": token_level_rewards, "response_mask": mask},
+        tensors={"token_level_rewards": token_level_rewards, "response_mask": mask, **tensors},
         non_tensors={"uid": np.array([key.rsplit("_", 2)[0] for key in keys], dtype=object)},
     )
 
@@ -58,6 +60,23 @@ def test_a_session_counts_once(trainer, oracle):
     exact = oracle.published([REWARDS[row] for row in FINAL], uids[FINAL])[SESSION]
     np.testing.assert_allclose(found["advantages"], exact[:, None] * found["response_mask"].numpy(), rtol=1e-6)
     assert torch.equal(found["advantages"], found["returns"])
+
+
+@pytest.mark.parametrize("word", ["score", "length"])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_a_session_weighs_as_much_as_all_of_its_outputs(trainer, monkeypatch, word, mode):
+    monkeypatch.setattr(scores, "_loss_agg_mode", mode)
+    log_probs = -torch.rand(len(KEYS), 3, generator=torch.Generator().manual_seed(0))
+    data = batch_of(KEYS, REWARDS, old_log_probs=log_probs)
+    mask = data.batch["response_mask"]
+    of_rows = score_weights(log_probs, mask, mode) if word == "score" else length_weights(mask, mode)
+    weights = torch.zeros(len(FINAL), dtype=torch.float64).index_add(0, torch.tensor(SESSION), of_rows)
+    uids, rewards = data.non_tensor_batch["uid"][FINAL], torch.tensor(REWARDS)[FINAL]
+    exact = krpo_adaptive(rewards, uids, weights=weights).advantages()[SESSION].float()
+    config = OmegaConf.create({"krpo_adaptive": {"weight": word}})
+    compute = getattr(trainer, sessions.FUNCTION)
+    found = compute(data, batch_keys=KEYS, adv_estimator="krpo_adaptive", config=config).batch["advantages"]
+    torch.testing.assert_close(found, exact[:, None] * mask)
 
 
 def test_with_one_output_a_session_nothing_changes(trainer):

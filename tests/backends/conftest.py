@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from verl_krpo.backends import tiny_model
+from verl_krpo import tiny_model
 
 PAD, EOS, VOCAB = 0, 1, 48
 

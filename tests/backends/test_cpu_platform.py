@@ -29,7 +29,7 @@ def run_python(code_or_module, *args, **environment):
         env={**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

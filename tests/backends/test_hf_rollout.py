@@ -6,7 +6,7 @@ import yaml
 from verl.plugin.platform import platform_manager
 from verl.workers.config import HFModelConfig, RolloutConfig
 
-from verl_krpo.backends import tiny_model
+from verl_krpo import tiny_model
 from verl_krpo.backends.cpu_platform import CpuPlatform
 from verl_krpo.backends.hf_rollout import HfServer, check
 

@@ -5,7 +5,7 @@ import datasets
 import pytest
 from omegaconf import OmegaConf
 
-from verl_krpo.backends import tiny_model
+from verl_krpo import tiny_model
 from verl_krpo.data import arithmetic, parquet
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}

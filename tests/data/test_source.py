@@ -261,7 +261,7 @@ def test_what_is_wrong_is_named(arguments, error, said, tmp_path):
 def test_verl_reads_every_dataset(local, tmp_path):
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
-    from verl_krpo.backends import tiny_model
+    from verl_krpo import tiny_model
 
     paths = source.prepare("olympiadbench", tmp_path / "out", local("olympiadbench"), say=silent)
     config = OmegaConf.create({"cache_dir": str(tmp_path / "cache"), "filter_overlong_prompts": True})

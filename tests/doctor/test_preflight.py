@@ -285,7 +285,7 @@ def test_everything_that_is_missing_is_named_at_once(model, tmp_path, capfd):
     arguments = ["trainer.n_gpus_per_node=1000", "actor_rollout_ref.rollout.name=hf", "data.train_files=a.parquet"]
     arguments += ["data.val_files=b.parquet", f"actor_rollout_ref.model.path={model}"]
     command = [sys.executable, "-m", "verl_krpo", "preflight"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     named = [line for line in done.stderr.splitlines() if line.startswith("missing: ")]
     words = ["GPU", "config.json", "a.parquet", "b.parquet", "share evenly"]

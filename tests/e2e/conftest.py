@@ -78,7 +78,7 @@ class RunningJob:
 @pytest.fixture(scope="session")
 def job_inputs(tmp_path_factory) -> list[str]:
     """Overrides for a tiny model that has seen a little of its task, sums as data, and their reward."""
-    from verl_krpo.backends import tiny_model
+    from verl_krpo import tiny_model
     from verl_krpo.data import arithmetic
 
     folder = tmp_path_factory.mktemp("inputs")

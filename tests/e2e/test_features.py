@@ -12,8 +12,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.nightly]
 
 HERE = Path(__file__).parent
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+WEIGHT = "algorithm.krpo_adaptive.weight"
 JOB = [
-    "algorithm.adv_estimator=krpo_adaptive",
+    "+algorithm=krpo_adaptive",
+    f"{WEIGHT}=score",
     "data.train_batch_size=8",
     "data.max_prompt_length=32",
     "data.max_response_length=16",
@@ -34,6 +36,9 @@ def check(job, steps=3, **same):
         assert math.isfinite(metrics["actor/pg_loss"])
         assert (metrics["actor/grad_norm"] > 0) == (metrics["krpo/advantage_std"] > 0)
         assert {name: metrics[f"krpo/{name}"] for name in same} == same
+        assert metrics["krpo/score_weight_cv"] > 0
+        if metrics["krpo/advantage_std"] > 0:
+            assert 0 < metrics["krpo/gradient_var_over_none"] < 10
     return job.steps()
 
 
@@ -43,6 +48,7 @@ def test_pairs_that_were_filtered(verl_job):
         *JOB,
         COIN,
         f"{ROLLOUT}.n=2",
+        f"{WEIGHT}=none",
         "algorithm.filter_groups.enable=True",
         "algorithm.filter_groups.metric=reward",
     )
@@ -60,9 +66,8 @@ def test_kl_in_the_reward(verl_job):
     assert first["critic/rewards/mean"] == pytest.approx(first["critic/score/mean"], abs=1e-5)  # no KL before an update
     for metrics in later:
         assert metrics["critic/rewards/mean"] < metrics["critic/score/mean"] - 1e-3
-        # The baselines follow what was filtered, which is the reward with its penalty.
-        distance = abs(metrics["krpo/baseline_mean"] - metrics["critic/rewards/mean"])
-        assert distance < abs(metrics["krpo/baseline_mean"] - metrics["critic/score/mean"])
+        # What is filtered is the reward with its penalty.
+        assert metrics["krpo/reward_mean"] == pytest.approx(metrics["critic/rewards/mean"], abs=1e-5)
 
 
 def test_overlong_penalty_and_lora(verl_job):
@@ -86,7 +91,7 @@ def test_overlong_penalty_and_lora(verl_job):
 
 def test_one_response_a_prompt(verl_job):
     """RLOO has nothing to compare with; here the other prompts are the prior."""
-    job = verl_job(*JOB, COIN, f"{ROLLOUT}.n=1")
+    job = verl_job(*JOB, COIN, f"{ROLLOUT}.n=1", f"{WEIGHT}=none")
     for metrics in check(job, groups=8, singletons=8):
         assert metrics["krpo/prior_mean"] == pytest.approx(metrics["critic/score/mean"])
 

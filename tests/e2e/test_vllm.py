@@ -23,7 +23,8 @@ pytestmark = [
 # The learning rate moves probabilities by far more than the difference that is allowed between server and trainer.
 VLLM = [
     "actor_rollout_ref.rollout.name=vllm",
-    "algorithm.adv_estimator=krpo",
+    "+algorithm=krpo_adaptive",
+    "algorithm.krpo_adaptive.weight=score",
     "actor_rollout_ref.actor.policy_loss.loss_mode=kpo",
     "actor_rollout_ref.actor.optim.lr=1e-3",
     "data.train_batch_size=8",
@@ -47,7 +48,7 @@ def assert_trained(metrics: dict[int, dict[str, float]], steps: list[int], async
         stale = data["training/off_policy/trajectory_staleness/max"] > 0  # older weights have sampled
         assert asynchronous or not stale
         assert stale or data["training/rollout_probs_diff_max"] < 1e-4
-        assert any(key.startswith("krpo/") for key in data) and any(key.startswith("actor/kpo_") for key in data)
+        assert data["krpo/score_weight_cv"] > 0 and any(key.startswith("actor/kpo_") for key in data)
 
 
 def validated(data: dict[str, float]) -> bool:

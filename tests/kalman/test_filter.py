@@ -92,6 +92,43 @@ def test_equal_to_the_joint_gaussian(name, seed, time, kind, q, p):
         np.testing.assert_allclose(result[row].reshape(-1, 2).numpy(), beliefs, rtol=1e-10, atol=1e-10)
 
 
+@settings(max_examples=80)
+@given(
+    name=st.sampled_from(["filtered", "predicted", "posterior", "smoothed", "leave_one_out"]),
+    seed=st.integers(0, 2**31),
+    time=st.sampled_from([1, 2, 3, 8, 23]),
+    kind=st.sampled_from(KINDS),
+    q=st.sampled_from([0.0, 1e-5, 0.1, 20.0]),
+)
+def test_weights_are_noises_of_their_own(name, seed, time, kind, q):
+    """Against the joint Gaussian with R / w_i, where a weight of 0 is a noise that drowns everything."""
+    r, m0, p = 0.5, 0.3, 1.0
+    mask = masks(seed, 1, time, kind)
+    z = observe(seed, 1, time, mask)
+    weights = torch.empty(1, time, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(seed))
+    weights[:, ::3] = 0.0
+    result = torch.stack(getattr(kalman, name)(z, mask, LocalLevel(q, r, m0, p), weights), dim=-1)[0].reshape(-1, 2)
+    observed = np.ones(time, dtype=bool) if mask is None else mask[0].numpy()
+    values = z[0].numpy()[observed]
+    if not len(values):
+        return
+    noise = r / np.maximum(weights[0].numpy()[observed], 1e-14)
+    beliefs = dense(values, conditions(name, len(values)), q, noise, m0, p)
+    found = result.numpy() if name == "posterior" else result.numpy()[observed]
+    np.testing.assert_allclose(found, beliefs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_wrong_weight_is_named():
+    z, model = torch.zeros(2, 3), LocalLevel(0.0, 1.0)
+    weights = torch.ones(2, 3)
+    weights[1, 2] = -1.0
+    with pytest.raises(ValueError, match="weights=-1.0 in row 1, column 2"):
+        kalman.filtered(z, None, model, weights)
+    assert kalman.filtered(z, torch.tensor([[1, 1, 1], [1, 1, 0]]), model, weights).mean.isfinite().all()
+    with pytest.raises(ValueError, match=r"weights have shape \(3,\)"):
+        kalman.filtered(z, None, model, torch.ones(3))
+
+
 @pytest.mark.parametrize("q", [0.0, 1e-5, 20.0])
 @pytest.mark.parametrize("kind", ["none", "half"])
 def test_log_likelihood_is_that_of_the_joint_gaussian(q, kind):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from reference import metrics as names
 
-from verl_krpo.advantage.krpo import krpo
-from verl_krpo.config import ADAPTIVE, KrpoConfig
+from verl_krpo import krpo, krpo_adaptive
+from verl_krpo.config import AdaptiveConfig, KrpoConfig
 from verl_krpo.plugin import metrics
 from verl_krpo.plugin.estimator import compute_advantage
 
@@ -47,6 +47,7 @@ def test_every_metric_is_its_definition():
     first, last = [r[0] for _, _, r in groups.values()], [r[-1] for _, _, r in groups.values()]
     several = [k for k, row in enumerate(first) if row != last[k]]
     exact = {
+        "krpo/reward_mean": rewards.mean(),
         "krpo/baseline_mean": found.groups.scatter(found.baseline).mean().item(),
         "krpo/gain_first": np.mean([gains[row] for row in first]),
         "krpo/gain_last": np.mean([gains[row] for row in last]),
@@ -77,21 +78,22 @@ def test_nis_is_one_where_the_model_made_the_rewards():
 
 def test_what_is_estimated_is_reported():
     rewards, uids = rewards_and_uids(sizes=(4,) * 8)
-    found, scalars = estimated(rewards, uids, **vars(ADAPTIVE))
-    for name, values in (
-        ("measurement_var", found.prior.scale_var),
-        ("prior_mean", found.prior.init_mean),
-        ("prior_var", found.prior.init_var),
+    found = krpo_adaptive(rewards, uids)
+    scalars = metrics.scalars(found, AdaptiveConfig())
+    for name, value in (
+        ("measurement_var", found.scale_var),
+        ("prior_mean", found.model.init_mean.mean().item()),
+        ("prior_var", found.model.init_var.mean().item()),
     ):
-        assert scalars[f"krpo/{name}"] == pytest.approx(values.mean().item())
+        assert scalars[f"krpo/{name}"] == pytest.approx(value)
     assert scalars["krpo/group_size_min"] == 4 and scalars["krpo/singletons"] == 0
 
 
 def test_padding_is_no_group():
     counted = torch.tensor([True, True, False])
-    found = krpo(torch.tensor([1.0, 0.0, 0.0]), np.array(["a", "a", "pad"]), KrpoConfig(), counted)
+    found = krpo(torch.tensor([1.0, 0.0, 0.0]), np.array(["a", "a", "pad"]), KrpoConfig(), counted=counted)
     assert metrics.scalars(found, KrpoConfig())["krpo/groups"] == 1
-    found = krpo(torch.zeros(3), np.array(["pad"] * 3), KrpoConfig(), torch.zeros(3, dtype=torch.bool))
+    found = krpo(torch.zeros(3), np.array(["pad"] * 3), KrpoConfig(), counted=torch.zeros(3, dtype=torch.bool))
     assert metrics.scalars(found, KrpoConfig()) == {"krpo/groups": 0}
 
 
@@ -113,7 +115,7 @@ def test_verls_log_carries_them_once(tmp_path, monkeypatch):
     log = Tracking("project", "run", ["file", "console"])
     rewards, uids = rewards_and_uids()
     rows = torch.as_tensor(rewards)[:, None]
-    compute_advantage(rows, torch.ones_like(rows), None, np.array(uids, dtype=object))
+    compute_advantage("krpo", rows, torch.ones_like(rows), None, np.array(uids, dtype=object))
     own = {"actor/loss": 1.0}
     log.log(data=own, step=1)
     log.log(data=own, step=2)

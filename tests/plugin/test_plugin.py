@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
-from verl_krpo.config import PRESETS, krpo_settings
+from verl_krpo.advantage import ESTIMATORS, settings_of
 
 KPO_GROUP = "+actor@actor_rollout_ref.actor.policy_loss=kpo"
 BATCH = [
@@ -27,7 +27,7 @@ def validate(config):
 
 
 def run(*command, **env):
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
 
 
 IMPORTED = """
@@ -92,7 +92,11 @@ def test_importing_verl_costs_a_few_modules_more(imported):
     [
         ["algorithm.adv_estimator=krpo"],
         ["actor_rollout_ref.actor.policy_loss.loss_mode=kpo"],
-        ["+algorithm=krpo", "algorithm.krpo.process_var=3e-5", "algorithm.krpo.measurement_var=batch"],
+        ["+algorithm=krpo", "algorithm.krpo.process_var=3e-5", "algorithm.krpo.measurement_var=0.1"],
+        ["+algorithm=krpo_adaptive", "algorithm.krpo_adaptive.weight=score"],
+        ["+algorithm=krpo_memory", "algorithm.krpo_memory.memory_var=1e-3", "algorithm.krpo_memory.scale=none"],
+        ["algorithm.adv_estimator=jspo"],
+        ["+algorithm=jspo"],
         ["algorithm.adv_estimator=krpo", "+algorithm.krpo.order=arrival"],
         [KPO_GROUP, "actor_rollout_ref.actor.policy_loss.kpo.process_var=2e-6"],
         ["+algorithm=krpo", KPO_GROUP, "actor_rollout_ref.actor.policy_loss.kpo.innovation_clip=3"],
@@ -146,7 +150,12 @@ LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
     ("overrides", "message"),
     [
         (["algorithm.adv_estimator=krpo", "algorithm.krpo.process_var=0"], r"needs \+algorithm=krpo beside it"),
-        (["algorithm.adv_estimator=krpo_adaptive", "algorithm.krpo.scale=none"], r"needs \+algorithm=krpo_adaptive "),
+        (["algorithm.adv_estimator=krpo_adaptive", "algorithm.krpo.scale=none"], "its own are algorithm.krpo_adaptive"),
+        (["+algorithm=krpo_adaptive", "algorithm.krpo.scale=none"], r"algorithm.krpo.scale=none is no key of"),
+        (["+algorithm=krpo", "algorithm.krpo.memory=prompt"], r"since 0.3 .* \+algorithm=krpo_memory"),
+        (["+algorithm=krpo", "algorithm.krpo.memory_var=1e-3"], r"since 0.3 .* \+algorithm=krpo_memory"),
+        (["+algorithm=krpo", "algorithm.krpo.baseline=jspo"], "since 0.3 .* algorithm.adv_estimator=jspo"),
+        (["+algorithm=krpo", "algorithm.krpo.init_var=batch"], "since 0.3 .* algorithm.adv_estimator=krpo_adaptive"),
         (["actor_rollout_ref.actor.policy_loss.kpo.clip=false"], r"needs \+actor@actor_rollout_ref.actor.policy_loss="),
         (["+algorithm=krpo", "algorithm.adv_estimator=krpo_adaptive"], r"write \+algorithm=krpo_adaptive in place"),
     ],
@@ -170,15 +179,19 @@ def test_a_name_in_the_wrong_place_is_refused_before_ray(compose, overrides, mes
         validate(compose(*BATCH, *overrides))
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_one_key_and_its_keys_can_be_set(compose, name):
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimator_is_one_key_and_its_group_opens_its_own(compose, name):
     one_key = compose(*BATCH, f"algorithm.adv_estimator={name}")
     validate(one_key)
     grouped = compose(*BATCH, f"+algorithm={name}", f"algorithm.adv_estimator={name}")
     validate(grouped)
-    assert krpo_settings(one_key.algorithm) == krpo_settings(grouped.algorithm) == PRESETS[name]
-    changed = compose(f"algorithm.adv_estimator={name}", "+algorithm.krpo.epsilon=0.5").algorithm
-    assert krpo_settings(changed) == replace(PRESETS[name], epsilon=0.5)
+    alone = compose(*BATCH, f"+algorithm={name}")
+    assert alone.algorithm.adv_estimator == name
+    keys = ESTIMATORS[name].keys
+    assert all(settings_of(name, job.algorithm) == keys() for job in (one_key, grouped, alone))
+    if "weight" in keys.__dataclass_fields__:
+        changed = compose(f"algorithm.adv_estimator={name}", f"+algorithm.{name}.weight=length").algorithm
+        assert settings_of(name, changed) == replace(keys(), weight="length")
 
 
 def test_without_the_plugin_the_groups_are_missing(compose):
@@ -229,7 +242,7 @@ def test_both_are_in_the_registry_of_a_ray_worker():
             )
             return advantages.tolist(), loss.item(), sorted(metrics)
 
-        advantages, loss, metrics = ray.get(in_worker.remote(), timeout=180)
+        advantages, loss, metrics = ray.get(in_worker.remote(), timeout=600)
     finally:
         ray.shutdown()
     # A group of one: P = 1 + 1e-5, K = P / (P + 1e-2), A = (1 - K) / sqrt(R K) for reward 1, and 0 for reward 0.

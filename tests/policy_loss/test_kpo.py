@@ -7,9 +7,9 @@ import torch
 from reference.metrics import KPO as KEYS
 from verl.trainer.ppo.core_algos import agg_loss
 
-from verl_krpo.bench.kpo import published_loss
 from verl_krpo.config import Gain, KpoConfig
 from verl_krpo.kalman.noise import by_differences
+from verl_krpo.lab.bench.kpo import published_loss
 from verl_krpo.plugin.loss import compute_policy_loss
 
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]

@@ -52,43 +52,46 @@ def advantage_of_group(rewards, baseline, scale, process_var, measurement_var, i
     return (np.asarray(rewards) - mean) / divisor
 
 
-def others_prior(groups, at, init_mean=None):
-    """R, m0, P0 for groups[at] from the other groups, by the textbook sums; groups: lists of rewards."""
-    others = [np.asarray(g, dtype=float) for k, g in enumerate(groups) if k != at]
-    sizes = np.array([len(g) for g in others])
-    means = np.array([g.mean() for g in others])
-    total = sizes.sum()
-    within = sum(((g - g.mean()) ** 2).sum() for g in others) / (total - len(others))
-    if init_mean is None:
-        grand = (sizes * means).sum() / total
-        between = (sizes * (means - grand) ** 2).sum() - (len(others) - 1) * within
-        return within, grand, max(0.0, between / (total - (sizes**2).sum() / total))
-    between = (sizes * (means - init_mean) ** 2).sum() - len(others) * within
-    return within, init_mean, max(0.0, between / total)
+def others_prior(groups, at, weights=None):
+    """R, m0, P0 for groups[at] from the other groups, by the textbook sums; groups, weights: lists of lists."""
+    weights = weights or [np.ones(len(g)) for g in groups]
+    others = [(np.asarray(g, dtype=float), w) for k, (g, w) in enumerate(zip(groups, weights, strict=True)) if k != at]
+    weight = np.array([w.sum() for _, w in others])
+    means = np.array([(w * g).sum() / w.sum() for g, w in others])
+    total, members = weight.sum(), sum(len(g) for g, _ in others)
+    within = sum((w * (g - (w * g).sum() / w.sum()) ** 2).sum() for g, w in others) / (members - len(others))
+    grand = (weight * means).sum() / total
+    between = (weight * (means - grand) ** 2).sum() - (len(others) - 1) * within
+    return within, grand, max(0.0, between / (total - (weight**2).sum() / total))
 
 
-def noise_var(groups):
-    """R over all groups with eight more rewards that vary as all of them do; groups: lists of rewards."""
-    within = sum(((g - np.mean(g)) ** 2).sum() for g in groups)
-    return (within + 8 * np.var(np.concatenate(groups), ddof=1)) / (sum(map(len, groups)) - len(groups) + 8)
+def noise_var(groups, weights=None):
+    """R over all groups with eight more rewards that vary as all of them do; groups, weights: lists of lists."""
+    weights = weights or [np.ones(len(g)) for g in groups]
+    pairs = [(np.asarray(g, dtype=float), w) for g, w in zip(groups, weights, strict=True)]
+    within = sum((w * (g - (w * g).sum() / w.sum()) ** 2).sum() for g, w in pairs)
+    r, w = (np.concatenate(x) for x in zip(*pairs, strict=True))
+    var = (w * (r - (w * r).sum() / w.sum()) ** 2).sum() / (len(r) - 1)
+    return (within + 8 * var) / (len(r) - len(groups) + 8)
 
 
-def batch(rewards, uids, tokens=3, masked=(), **settings):
-    """Keyword arguments of the estimator: the reward on a row's last token, rows in `masked` with an empty mask."""
+def batch(rewards, uids, tokens=3, masked=(), name="krpo", **settings):
+    """Arguments of the estimator `name`: the reward on a row's last token, rows in `masked` with an empty mask."""
     token_level_rewards = torch.zeros(len(rewards), tokens, dtype=torch.float64)
     token_level_rewards[:, -1] = torch.as_tensor(rewards, dtype=torch.float64)
     mask = torch.ones(len(rewards), tokens, dtype=torch.int64)
     mask[list(masked)] = 0
     return dict(
+        name=name,
         token_level_rewards=token_level_rewards,
         response_mask=mask,
-        config={"krpo": settings},
+        config={name: settings},
         index=np.array(list(uids), dtype=object),
     )
 
 
 def advantage_of(rewards, uids, **settings):
-    """The estimator's advantage of every row, (rows,) float64."""
+    """The advantage of every row, (rows,) float64, by verl's door; settings: `name` and its keys."""
     from verl_krpo.plugin.estimator import compute_advantage
 
     advantages, returns = compute_advantage(**batch(rewards, uids, **settings))

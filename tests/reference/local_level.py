@@ -9,13 +9,13 @@ import torch
 def dense(z, which, process_var, measurement_var, init_mean, init_var):
     """Mean and variance of x_i for every i given the observations in which[i], by conditioning the joint Gaussian.
 
-    Cov(x_i, x_j) = P0 + Q min(i, j), Cov(z_i, z_j) = Cov(x_i, x_j) + R [i = j], with i, j from 1. z: (n,). which: for
-    every belief wanted a pair (i, indices), 0-based; i = -1 is x_0.
+    Cov(x_i, x_j) = P0 + Q min(i, j), Cov(z_i, z_j) = Cov(x_i, x_j) + R_i [i = j], with i, j from 1. z: (n,).
+    measurement_var: R, or R_i. which: for every belief wanted a pair (i, indices), 0-based; i = -1 is x_0.
     """
     z, n = np.asarray(z, dtype=float), len(z)
     steps = np.arange(n + 1)
     state = init_var + process_var * np.minimum.outer(steps, steps)  # x_0 .. x_n
-    noisy = state[1:, 1:] + measurement_var * np.eye(n)
+    noisy = state[1:, 1:] + np.diag(np.broadcast_to(measurement_var, n))
     beliefs = []
     for i, known in which:
         known = list(known)

@@ -1,6 +1,7 @@
 """Names of the metrics that KRPO and KPO log."""
 
 KRPO = {
+    "krpo/reward_mean",
     "krpo/baseline_mean",
     "krpo/gain_first",
     "krpo/gain_last",

@@ -1,11 +1,14 @@
-"""Rows and groups: which rows of a batch answer the same prompt, and in which order they are filtered.
+"""Rows and groups: which rows answer the same prompt, in which order they are filtered, and statistics of groups.
 
 A batch is flat: row k holds one response, its prompt id is `prompts[k]`, and the rows of a prompt may lie anywhere. The
 filter wants (groups, members). `Groups` goes from one to the other and back; beside the
 memory, which knows prompts from step to step, nothing else reads prompt ids.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +49,7 @@ class Groups:
 
     def label_of(self, members: torch.Tensor) -> list:
         """Prompt ids of some counted members, given by their position in `rows`."""
-        return list(self.labels[self.mask.nonzero()[members, 0].cpu().numpy()])
+        return self.labels[self.mask.nonzero()[members, 0].cpu().numpy()].tolist()
 
 
 def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) -> Groups:
@@ -59,8 +62,6 @@ def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) 
 
     ValueError when the ids are missing, have another length, or leave a row without one.
     """
-    import pandas as pd  # here, since every worker loads the plugin and only the trainer groups
-
     if prompts is None:
         raise ValueError("krpo groups responses by prompt and got index=None: the batch needs `uid` for every row")
     labels = np.asarray(prompts.cpu() if isinstance(prompts, torch.Tensor) else prompts)
@@ -68,16 +69,19 @@ def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) 
         raise ValueError(f"index has shape {labels.shape} for {len(counted)} rows: krpo needs one prompt id a row")
 
     rows = np.flatnonzero(counted.cpu().numpy())
-    codes, unique = pd.factorize(labels[rows])
-    if (codes < 0).any():
-        raise ValueError(f"no prompt id (None or NaN) in index at rows {rows[codes < 0][:8].tolist()}")
-    labels = np.asarray(unique)
+    ids = labels[rows].tolist()
+    number: dict = {}
+    codes = np.array([number.setdefault(name, len(number)) for name in ids], dtype=np.int64)
+    if any(name is None or name != name for name in number):
+        missing = [row for row, name in zip(rows.tolist(), ids, strict=True) if name is None or name != name]
+        raise ValueError(f"no prompt id (None or NaN) in index at rows {missing[:8]}")
+    labels = np.fromiter(number, dtype=labels.dtype, count=len(number))
     rows = rows[np.argsort(codes, kind="stable")]
     sizes = np.bincount(codes, minlength=len(labels))
     mask = np.arange(sizes.max(initial=1)) < sizes[:, None]
 
     if order == Order.shuffled:
-        keys = _mix(_hash(labels)[:, None], np.arange(mask.shape[1])) >> np.uint64(1)
+        keys = _mix(hashed(labels)[:, None], np.arange(mask.shape[1])) >> np.uint64(1)
         keys[~mask] = np.iinfo(np.uint64).max  # absent members sort last: halved, every key is below this one
         matrix = np.zeros(mask.shape, dtype=rows.dtype)
         matrix[mask] = rows
@@ -87,11 +91,66 @@ def group(prompts: object, counted: torch.Tensor, order: Order = Order.arrival) 
     return Groups(labels, torch.from_numpy(rows).to(device), torch.from_numpy(mask).to(device), len(counted))
 
 
-def _hash(labels: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every label for `shuffled`, the same in every process (Python's own of a string is not)."""
-    from pandas.util import hash_array
+def moments(values: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of values (groups, width) the weighted means and the weighted sums of squares around them, (groups,).
 
-    return hash_array(labels.astype(object), categorize=False)  # pyright: ignore
+    weights: (groups, width), 0 where there is no member. A group without weight has mean and squares 0.
+    """
+    # From the first member with a weight on: equal values have squares of exactly 0, not of rounding errors.
+    first, total = values.gather(1, (weights > 0).int().argmax(dim=1, keepdim=True)), weights.sum(dim=1)
+    deviations = values - first
+    means = (weights * deviations).sum(dim=1) / torch.where(total > 0, total, 1.0)
+    squares = (weights * (deviations - means[:, None]).square()).sum(dim=1)
+    return torch.where(total > 0, first[:, 0] + means, 0.0), squares
+
+
+def sum_of_others(values: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """For every entry along `dim` the sum of the others, without subtracting: nothing cancels, zeros stay zero."""
+    none = torch.zeros_like(values.narrow(dim, 0, min(1, values.shape[dim])))
+    before = torch.cat([none, values.cumsum(dim)], dim).narrow(dim, 0, values.shape[dim])
+    after = torch.cat([none, values.flip(dim).cumsum(dim)], dim).narrow(dim, 0, values.shape[dim]).flip(dim)
+    return before + after
+
+
+class Variation(NamedTuple):
+    """One-way analysis of variance of groups whose members have the noise R / w and whose means vary by P0.
+
+    With weights w, W_g the sum of a group's, W of all, n_g its members with w > 0, and weighted means:
+
+        E within  = within_degrees R                     sum w (r - mean_g)^2,        sum (n_g - 1)
+        E between = between_degrees R + spread P0        sum W_g (mean_g - mean)^2,   groups - 1,   W - sum W_g^2 / W
+    """
+
+    within: torch.Tensor
+    within_degrees: torch.Tensor
+    between: torch.Tensor
+    between_degrees: torch.Tensor
+    spread: torch.Tensor
+
+
+def variation(values: torch.Tensor, weights: torch.Tensor, over: Callable[[torch.Tensor], torch.Tensor]) -> Variation:
+    """Sums `over` all groups (torch.sum) or, for every group, over the others (sum_of_others).
+
+    values, weights: (groups, width); squares do not cancel where values are small beside their spread.
+    """
+    means, squares = moments(values, weights)
+    members, weight = (weights > 0).sum(dim=1).double(), weights.sum(dim=1)
+    total = over(weight)
+    shift = over(weight * means) / torch.where(total > 0, total, 1.0)  # their mean
+    return Variation(
+        over(squares),
+        over((members - 1).clamp(min=0)),
+        over(weight * means.square()) - total * shift.square(),
+        over((members > 0).double()) - 1,
+        total - over(weight.square()) / torch.where(total > 0, total, 1.0),
+    )
+
+
+def hashed(prompts: Iterable) -> np.ndarray:
+    """64 bits a prompt id, by its text: the same in every process and run (Python's own hash of a string is not)."""
+    return np.array(
+        [int.from_bytes(blake2b(str(prompt).encode(), digest_size=8).digest(), "big") for prompt in prompts], np.uint64
+    )
 
 
 def _mix(seeds: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -7,19 +7,39 @@ The formulas are those of its published code, which needs groups of one size; he
 of one adds 0 to the mean v, and its own baseline is the other prompts' mean alone (l = 1).
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from verl_krpo.advantage.groups import Groups
-from verl_krpo.advantage.shrinkage import group_moments, sum_of_others
+from verl_krpo.advantage.estimate import Estimate, observe
+from verl_krpo.advantage.groups import Groups, moments, sum_of_others
+from verl_krpo.config import JspoConfig
+from verl_krpo.kalman import LocalLevel
 
 
-def baseline(values: torch.Tensor, groups: Groups) -> torch.Tensor:
+def jspo(
+    rewards: torch.Tensor | Sequence[float],
+    prompts: object,
+    settings: JspoConfig | None = None,
+    weights: None = None,
+    counted: torch.Tensor | None = None,
+) -> Estimate:
+    """Advantages r - b of rewards (rows,) whose prompt ids are `prompts` (rows,), in any order.
+
+    settings, weights: jspo has none. counted and ValueError: estimate.observe. No model: its numbers are NaN.
+    """
+    seen = observe(rewards, prompts, weights, counted)
+    baseline = _baseline(seen.rewards, seen.groups)
+    unknown = torch.full_like(baseline, torch.nan)
+    return Estimate(*seen[:3], LocalLevel(0.0, 1.0), torch.nan, baseline, unknown, seen.rewards - baseline)
+
+
+def _baseline(values: torch.Tensor, groups: Groups) -> torch.Tensor:
     """b (groups, width) of rewards `values` (groups, width), float64. With fewer than three groups: RLOO (l_g = 0)."""
     sizes = groups.sizes.double()
-    means, squares = group_moments(values, groups)
+    means, squares = moments(values, groups.mask.double())
     others = len(sizes) - 1
-    own_group = (values * groups.mask).sum(dim=1, keepdim=True) - values
-    own_group = own_group / (sizes - 1).clamp(min=1)[:, None]
+    own_group = (values.sum(dim=1, keepdim=True) - values) / (sizes - 1).clamp(min=1)[:, None]
     if others < 2:
         return torch.where(sizes[:, None] > 1, own_group, values)
     grand = means.mean()

@@ -1,7 +1,7 @@
 """verl on a machine without a GPU: `VERL_PLATFORM=cpu`.
 
 Three things make verl's trainers run there, V1 and the legacy one: a platform that answers verl's questions about the
-device (`CpuPlatform`), three repairs of calls that take a GPU for granted (plugin/hooks.py), and the settings a CPU run
+device (`CpuPlatform`), three repairs of calls that take a GPU for granted (hooks.py), and the settings a CPU run
 needs (`prepare`, on the driver, before Ray starts). Ray has no word for a CPU rank, so a rank holds a *logical* GPU:
 `n_gpus_per_node` counts ranks.
 """
@@ -17,7 +17,7 @@ import wrapt
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
-from verl_krpo.backends import memory, vllm_cpu
+from verl_krpo.backends import ram, vllm_cpu
 
 FLOAT32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
 
@@ -192,18 +192,18 @@ def prepare(config: DictConfig) -> None:
     _ray_resources(config, default)
     if settings.changed:
         print("VERL_PLATFORM=cpu sets", " ".join(f"{key}={value}" for key, value in settings.changed.items()))
-        print(memory.needed(config) or "memory: unknown, the model's config has not been read")
+        print(ram.needed(config) or "memory: unknown, the model's config has not been read")
 
 
 def _micro_batches(config: DictConfig, default) -> None:
-    """Where the user chose no size: micro-batches of as many tokens as memory.MICRO_BATCH_BYTES holds."""
+    """Where the user chose no size: micro-batches of as many tokens as ram.MICRO_BATCH_BYTES holds."""
     actor = config.actor_rollout_ref.actor
     if actor.use_dynamic_bsz:
         return
     if actor.ppo_micro_batch_size is None and actor.ppo_micro_batch_size_per_gpu is None:
         longest = config.data.max_prompt_length + config.data.max_response_length
-        model = memory.model_config(config.actor_rollout_ref.model.path)
-        tokens = memory.MICRO_BATCH_BYTES // memory.token_bytes(model) if model else longest
+        model = ram.model_config(config.actor_rollout_ref.model.path)
+        tokens = ram.MICRO_BATCH_BYTES // ram.token_bytes(model) if model else longest
         default("actor_rollout_ref.actor.use_dynamic_bsz", False, True)  # ref and rollout follow
         default("actor_rollout_ref.actor.ppo_max_token_len_per_gpu", 16384, max(tokens, longest))
         return
@@ -220,7 +220,7 @@ def _watched_sampler(config: DictConfig, default) -> None:
         return
     if config.trainer.v1.sampler.custom_sampler.path is None:
         name = "WatchedReplayBuffer" if config.trainer.v1.trainer_mode == "sync" else "WatchedReplayBufferAsync"
-        default("trainer.v1.sampler.custom_sampler.path", None, "pkg://verl_krpo.backends.replay")
+        default("trainer.v1.sampler.custom_sampler.path", None, "pkg://verl_krpo.backends.replay_buffer")
         default("trainer.v1.sampler.custom_sampler.name", None, name)
 
 

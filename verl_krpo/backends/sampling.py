@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-IGNORED = ("logprobs",)  # log-probs are always computed: they cost one gather a token
+IGNORED_KEYS = ("logprobs",)  # log-probs are always computed: they cost one gather a token
 
 
 class SamplingParams(NamedTuple):
@@ -30,7 +30,7 @@ def read_params(words: dict[str, Any], max_tokens: int) -> SamplingParams:
 
     ValueError for a key this server does not honour and for values out of range.
     """
-    words = {key: value for key, value in words.items() if key not in IGNORED and value is not None}
+    words = {key: value for key, value in words.items() if key not in IGNORED_KEYS and value is not None}
     limit = words.pop("max_tokens", words.pop("max_new_tokens", max_tokens))
     if words.pop("repetition_penalty", 1.0) != 1.0:
         raise ValueError("rollout.name=hf samples from the model's own distribution: set repetition_penalty=1.0")

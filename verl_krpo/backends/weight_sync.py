@@ -2,15 +2,25 @@
 
 verl's trainer hands the weights over by a socket that has no timeout. Where vLLM cannot load them nobody answers, and
 the job would stand still for ever. Here the trainer looks every second whether vLLM's side of the update has failed,
-and fails with it.
+and fails with it. Other jobs of the environment are left as they are: the driver of a job with krpo, kpo or without a
+GPU asks for it (`watch`), by an environment variable that Ray hands on to the workers.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 LOOK_MILLISECONDS = 1000
+WATCHED = "VERL_KRPO_WATCHES_WEIGHTS"
 
 _answer = None  # of vLLM's workers to the update that is sent next, a Ray reference
+
+
+def watch(config: DictConfig) -> None:
+    """Have the workers of the job with this verl config look; for a Ray that is started after this."""
+    OmegaConf.update(config, f"ray_kwargs.ray_init.runtime_env.env_vars.{WATCHED}", "1", force_add=True)
 
 
 async def remember_the_answer(
@@ -25,11 +35,13 @@ async def remember_the_answer(
 
 
 def watch_the_answer(init_socket: Callable, sender: Any) -> None:
-    """verl's socket, whose send and recv wait only as long as the answer has not failed."""
+    """verl's socket, whose send and recv wait, in a watched job, only as long as the answer has not failed."""
+    init_socket(sender)
+    if WATCHED not in os.environ:
+        return
     import ray
     import zmq
 
-    init_socket(sender)
     socket, answer = sender.socket, _answer
 
     def waiting(call: Callable, event: int) -> Callable:

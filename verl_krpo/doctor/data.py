@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from verl_krpo.doctor.finding import Finding, missing
 
 FORMATS = (".parquet", ".json", ".jsonl")
-WRITES = "verl-krpo data --help   (writes what verl reads)"
+HOW_TO_WRITE = "verl-krpo data --help   (writes what verl reads)"
 COMPLETE = ("data_source", "reward_model", "agent_name")  # columns that verl reads on every row once they are there
 
 
@@ -31,10 +31,10 @@ def _file(path: str, prompt: str) -> list[Finding]:
     try:
         names, read = _open(path)
     except (OSError, ValueError) as error:
-        return [missing(f"the data file {path} cannot be read: {str(error).splitlines()[0]}", WRITES)]
+        return [missing(f"the data file {path} cannot be read: {str(error).splitlines()[0]}", HOW_TO_WRITE)]
     absent = [name for name in (prompt, "data_source", "reward_model") if name not in names]
     if absent:
-        fix = WRITES
+        fix = HOW_TO_WRITE
         if absent == [prompt] and "prompt" in names:
             fix = f"data.prompt_key=prompt   (it is {prompt})"
         elif absent == [prompt]:
@@ -50,7 +50,7 @@ def _file(path: str, prompt: str) -> list[Finding]:
             findings.append(missing(text, f"fill in {name} on every row, or leave those rows out"))
         elif name == prompt and not _are_messages(column):
             text = f"the column {prompt} of {path} holds {_kind(column)}, verl wants a list of messages"
-            findings.append(missing(text, f'write [{{"role": "user", "content": TEXT}}] there; {WRITES}'))
+            findings.append(missing(text, f'write [{{"role": "user", "content": TEXT}}] there; {HOW_TO_WRITE}'))
     return findings
 
 

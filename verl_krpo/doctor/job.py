@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_krpo.config import KPO_AT, KRPO_AT, PRESETS, KpoConfig, KrpoConfig, krpo_settings, read
+from verl_krpo.advantage import ESTIMATORS, settings_of
+from verl_krpo.config import KPO_AT, KpoConfig, KrpoConfig, MemoryConfig, Weight, read
 from verl_krpo.doctor import data
 from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
 
@@ -72,20 +73,22 @@ def validate(config: DictConfig) -> None:
 
 def settings(config: DictConfig) -> list[tuple[str, Any]]:
     """The keys that decide the method, with their values in force: (key, value) rows."""
-    krpo, kpo = _methods(config)
-    rows = [(ESTIMATOR, config.algorithm.adv_estimator)] + _rows(KRPO_AT, krpo)
+    estimator, kpo = _methods(config)
+    name = config.algorithm.adv_estimator
+    rows = [(ESTIMATOR, name)] + _rows(f"algorithm.{name}", estimator)
     rows += [(LOSS, config.actor_rollout_ref.actor.policy_loss.loss_mode)] + _rows(KPO_AT, kpo)
     return rows + [(key, OmegaConf.select(config, key)) for key in IN_FORCE]
 
 
-def _methods(config: DictConfig) -> tuple[KrpoConfig | None, KpoConfig | None]:
-    """The settings of krpo and of kpo, None where the job does not use it."""
+def _methods(config: DictConfig) -> tuple[Any, KpoConfig | None]:
+    """The settings of our estimator and of kpo, None where the job does not use it."""
     algorithm, loss = config.algorithm, config.actor_rollout_ref.actor.policy_loss
-    krpo = krpo_settings(algorithm) if algorithm.adv_estimator in PRESETS else None
-    return krpo, read(KpoConfig, loss.get("kpo"), KPO_AT) if loss.loss_mode == "kpo" else None
+    name = algorithm.adv_estimator
+    estimator = settings_of(name, algorithm) if name in ESTIMATORS else None
+    return estimator, read(KpoConfig, loss.get("kpo"), KPO_AT) if loss.loss_mode == "kpo" else None
 
 
-def _rows(at: str, values: KrpoConfig | KpoConfig | None) -> list[tuple[str, Any]]:
+def _rows(at: str, values: Any) -> list[tuple[str, Any]]:
     return [(f"{at}.{key}", getattr(value, "value", value)) for key, value in vars(values).items()] if values else []
 
 
@@ -94,7 +97,7 @@ def reason(error: Exception) -> str:
     lines = [line.strip() for cause in (error, error.__cause__) if cause for line in str(cause).splitlines()]
     skipped = ("full_key:", "object_type=", "To append to your config")
     text = " / ".join(line for line in lines if line and not line.startswith(skipped))
-    for cls in (KrpoConfig, KpoConfig):
+    for cls in (*(estimator.keys for estimator in ESTIMATORS.values()), KpoConfig):
         if f"not in '{cls.__name__}'" in text:
             text += f" (keys: {', '.join(cls.__dataclass_fields__)})"
     return text
@@ -109,55 +112,67 @@ class Caveat(NamedTuple):
     text: str
 
 
-def _shrinks(krpo: KrpoConfig) -> bool:
-    """Its baseline is fitted to the prompts of the batch that it sees."""
-    return krpo.baseline == "jspo" or krpo.init_mean == "batch"
+def _remembers(settings: Any) -> bool:
+    return isinstance(settings, MemoryConfig)
 
 
-OF_KRPO = (
+def _weighs(settings: Any) -> bool:
+    return getattr(settings, "weight", Weight.none) != Weight.none
+
+
+def _filters(settings: Any) -> bool:
+    """krpo, which knows the prompt's own group alone; the others' baselines are fitted to the batch that they see."""
+    return isinstance(settings, KrpoConfig)
+
+
+OF_ESTIMATORS = (
     Caveat(
-        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none" and not _shrinks(krpo),
+        lambda c, own: c.actor_rollout_ref.rollout.n == 1 and _filters(own),
         f"{ROLLOUT}.n", "warning",
         "{value}: a group of one is compared with the prior mean only; use n >= 4, or +algorithm=krpo_memory",
     ),
     Caveat(
-        lambda c, krpo: c.actor_rollout_ref.rollout.n == 1 and krpo.memory == "none" and _shrinks(krpo),
+        lambda c, own: c.actor_rollout_ref.rollout.n == 1 and not _filters(own) and not _remembers(own),
         f"{ROLLOUT}.n", "note",
         "{value}: compared with the other prompts of the batch; +algorithm=krpo_memory adds the prompt's own past",
     ),
     Caveat(
-        lambda c, krpo: krpo.order == "arrival",
-        f"{KRPO_AT}.order", "warning", "arrival: verl's rows arrive shortest first, so place follows length",
+        lambda c, own: _filters(own) and own.order == "arrival",
+        "algorithm.krpo.order", "warning", "arrival: verl's rows arrive shortest first, so place follows length",
     ),
     Caveat(
-        lambda c, krpo: krpo.order != "arrival" and c.trainer.balance_batch,
+        lambda c, own: _filters(own) and own.order != "arrival" and c.trainer.balance_batch,
         "trainer.balance_batch", "note", "rows are moved; harmless, as krpo.order=shuffled follows no row order",
     ),
     Caveat(
-        lambda c, krpo: krpo.scale == "filter_std" and c.actor_rollout_ref.actor.grad_clip,
+        lambda c, own: _filters(own) and own.scale == "filter_std" and c.actor_rollout_ref.actor.grad_clip,
         f"{ACTOR}.grad_clip", "note",
         "{value}: published KRPO advantages are several times GRPO's, so this clips far more often",
     ),
     Caveat(
-        lambda c, krpo: c.algorithm.use_kl_in_reward,
+        lambda c, own: _weighs(own) and OmegaConf.select(c, f"{CORRECTION}.bypass_mode"),
+        f"{CORRECTION}.bypass_mode", "note", "responses are weighed by the log-probs of the rollout",
+    ),
+    Caveat(
+        lambda c, own: c.algorithm.use_kl_in_reward,
         "algorithm.use_kl_in_reward", "warning", "the KL penalty is part of the rewards that are filtered",
     ),
     Caveat(
-        lambda c, krpo: c.actor_rollout_ref.rollout.multi_turn.enable,
+        lambda c, own: c.actor_rollout_ref.rollout.multi_turn.enable,
         f"{ROLLOUT}.multi_turn", "note", "a session counts once, by its final output; tool tokens are masked",
     ),
     Caveat(
-        lambda c, krpo: OmegaConf.select(c, "algorithm.filter_groups.enable") and not _shrinks(krpo),
+        lambda c, own: OmegaConf.select(c, "algorithm.filter_groups.enable") and _filters(own),
         "algorithm.filter_groups", "note", "groups of equal rewards are dropped before krpo sees them",
     ),
     Caveat(
-        lambda c, krpo: OmegaConf.select(c, "algorithm.filter_groups.enable") and _shrinks(krpo),
+        lambda c, own: OmegaConf.select(c, "algorithm.filter_groups.enable") and not _filters(own),
         "algorithm.filter_groups.enable", "warning",
         "{value}: the groups it drops are what shrinking gains from; with it this is no better than rloo and weighs "
         "easy and hard prompts less. Set it to false, or algorithm.adv_estimator=rloo",
     ),
     Caveat(
-        lambda c, krpo: OmegaConf.select(c, f"{CORRECTION}.rollout_rs"),
+        lambda c, own: OmegaConf.select(c, f"{CORRECTION}.rollout_rs"),
         f"{CORRECTION}.rollout_rs", "note", "a response that is masked whole leaves its group",
     ),
 )  # fmt: skip
@@ -195,20 +210,20 @@ OF_KPO = (
 
 def caveats(config: DictConfig) -> list[Finding]:
     """A finding for each setting of verl's that changes what krpo or kpo does in this job."""
-    krpo, kpo = _methods(config)
-    if krpo is None and kpo is None:
+    estimator, kpo = _methods(config)
+    if estimator is None and kpo is None:
         text = f"{config.algorithm.adv_estimator}, with {LOSS}={OmegaConf.select(config, LOSS)}"
         return [Finding(ESTIMATOR, "warning", f"{text}: this job uses neither KRPO nor KPO", section=SECTION)]
     findings = [
         Finding(key, status, text.format(value=OmegaConf.select(config, key)), section=SECTION)
-        for method, table in ((krpo, OF_KRPO), (kpo, OF_KPO))
+        for method, table in ((estimator, OF_ESTIMATORS), (kpo, OF_KPO))
         for applies, key, status, text in table
         if method is not None and applies(config, method)
     ]
-    return findings + (_recurrence(config, krpo) if krpo else [])
+    return findings + ([] if estimator is None else _recurrence(config, estimator))
 
 
-def _recurrence(config: DictConfig, krpo: KrpoConfig) -> list[Finding]:
+def _recurrence(config: DictConfig, estimator: Any) -> list[Finding]:
     """How often a prompt comes back, which is what a memory lives on. Nothing where the data are not here."""
     rows, batch = data.train_rows(config), config.data.train_batch_size
     if not rows:
@@ -216,8 +231,8 @@ def _recurrence(config: DictConfig, krpo: KrpoConfig) -> list[Finding]:
     steps = config.trainer.total_training_steps or rows // batch * config.trainer.total_epochs
     text = f"{rows} prompts, {batch} a step, {steps} steps: a prompt comes {steps * batch / rows:.3g} times"
     often = steps * batch >= 2 * rows
-    if krpo.memory == "none":
-        if not often or krpo.baseline != "leave_one_out":
+    if not _remembers(estimator):
+        if not often or _filters(estimator):
             return []
         return [Finding("data.train_files", "note", f"{text}; +algorithm=krpo_memory remembers it", section=SECTION)]
     status = "note" if often else "warning"

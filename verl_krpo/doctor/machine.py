@@ -15,7 +15,7 @@ from verl_krpo.doctor.model import folder_of
 
 IMPORT_SECONDS = 300
 CHECKPOINT_BYTES = 12  # a parameter in a checkpoint of verl's: float32 weights and Adam's two moments
-INSTALL = "pip install -e '.[gpu]' in the checkout of verl-krpo"
+HOW_TO_INSTALL = "pip install -e '.[gpu]' in the checkout of verl-krpo"
 MODEL = "actor_rollout_ref.model"
 
 
@@ -44,7 +44,7 @@ def engine(config: DictConfig) -> list[Finding]:
     if done.returncode == 0:
         return []
     reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-    fix = f"{INSTALL}, or PYTHON=/path/to/python of your verl environment"
+    fix = f"{HOW_TO_INSTALL}, or PYTHON=/path/to/python of your verl environment"
     return [missing(f"{sys.executable} cannot import vllm ({reason[0]})", fix)]
 
 

@@ -13,10 +13,12 @@ from typing import Any
 from verl_krpo.backends import on_cpu
 from verl_krpo.doctor import probe
 from verl_krpo.doctor.finding import NOT_IN_WORKER, Finding
-from verl_krpo.doctor.plugin import verdict
+from verl_krpo.doctor.installation import verdict
 
 JOIN_SECONDS, NODE_SECONDS, RAY_SECONDS = 60, 180, 240
-START = "bash scripts/ray_head.sh on one node, bash scripts/ray_worker.sh HEAD_IP on the others; RAY_ADDRESS=auto"
+HOW_TO_START = (
+    "bash scripts/ray_head.sh on one node, bash scripts/ray_worker.sh HEAD_IP on the others; RAY_ADDRESS=auto"
+)
 
 
 def ask(address: str | None = None, nnodes: int = 1, gpus: int = 0, paths: tuple[str, ...] = ()) -> list[Finding]:
@@ -34,7 +36,7 @@ def ask(address: str | None = None, nnodes: int = 1, gpus: int = 0, paths: tuple
         fix = "start it; or end what is left of one that died: `ray stop --force` on every node"
         return [_failure(f"no answer from Ray within {RAY_SECONDS} s ({_named(address)}): a job would wait too", fix)]
     if process.returncode:
-        return [_failure(f"asking Ray fails ({_named(address)})", START, detail=errors)]
+        return [_failure(f"asking Ray fails ({_named(address)})", HOW_TO_START, detail=errors)]
     return [Finding(**finding) for finding in json.loads(output.splitlines()[-1])]
 
 
@@ -51,7 +53,7 @@ def look(address: str | None, nnodes: int, gpus: int, paths: list[str]) -> list[
     try:
         ray.init(address, runtime_env=get_ppo_ray_runtime_env(), **quiet)
     except ConnectionError as error:
-        fix = f"{START}; where Ray asks for a token: RAY_AUTH_MODE=token and the head's ~/.ray/auth_token"
+        fix = f"{HOW_TO_START}; where Ray asks for a token: RAY_AUTH_MODE=token and the head's ~/.ray/auth_token"
         return [_failure(f"no answer from Ray ({_named(address)}): {str(error).splitlines()[0]}", fix)]
     try:
         findings = []
@@ -61,7 +63,7 @@ def look(address: str | None, nnodes: int, gpus: int, paths: list[str]) -> list[
             time.sleep(5)
         if able < nnodes:
             wanted = f"{nnodes} nodes with {gpus} GPUs each asked for"
-            findings.append(_failure(f"{wanted}; Ray ({_named(address)}) has {able}", START))
+            findings.append(_failure(f"{wanted}; Ray ({_named(address)}) has {able}", HOW_TO_START))
         plugins, absences = on_every_node(probe.registered), on_every_node(probe.absent, paths)
         for host, answer in plugins:
             finding = verdict(answer, f"a Ray worker on {host}", NOT_IN_WORKER)

@@ -8,8 +8,8 @@ from omegaconf import DictConfig
 
 from verl_krpo.doctor import data, machine, model, nodes, probe
 from verl_krpo.doctor.finding import MISSING, Finding, exit_status, missing
+from verl_krpo.doctor.installation import verdict
 from verl_krpo.doctor.job import compose, reason
-from verl_krpo.doctor.plugin import verdict
 
 
 def examine(overrides: list[str], prepares_data: bool = False) -> list[Finding]:
@@ -41,7 +41,7 @@ def cluster(config: DictConfig) -> list[Finding]:
     trainer = config.trainer
     address = config.ray_kwargs.ray_init.get("address") or os.environ.get("RAY_ADDRESS")
     if not address:
-        return [missing(f"NNODES={trainer.nnodes} needs a Ray cluster, and RAY_ADDRESS is not set", nodes.START)]
+        return [missing(f"NNODES={trainer.nnodes} needs a Ray cluster, and RAY_ADDRESS is not set", nodes.HOW_TO_START)]
     paths = (Path(path) for path in (*data.files(config), config.actor_rollout_ref.model.path))
     here = tuple(str(path.absolute()) for path in paths if path.exists())
     findings = nodes.ask(address, trainer.nnodes, trainer.n_gpus_per_node, here)

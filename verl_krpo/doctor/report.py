@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 
-from verl_krpo.doctor import job, nodes, plugin
+from verl_krpo.doctor import installation, job, nodes
 from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
 
 COLORS = {"ok": "green", "setting": "", "note": "cyan", "warning": "yellow", "failure": "bold red"}
@@ -11,7 +11,7 @@ COLORS = {"ok": "green", "setting": "", "note": "cyan", "warning": "yellow", "fa
 
 def doctor(overrides: list[str], ray: bool = True, as_json: bool = False) -> int:
     """`verl-krpo doctor`: what comes later is left out where an earlier failure decides it. The exit status."""
-    findings = plugin.look()
+    findings = installation.look()
     if ray and not exit_status(findings):
         findings += nodes.ask()
     if overrides and not exit_status(findings):

@@ -6,6 +6,7 @@ is printed here before it is raised again. Everything else happens when the modu
 not by us: what verl may never need (its registries cost a second) is not loaded for our sake.
 """
 
+import functools
 import sys
 import traceback
 from types import ModuleType
@@ -29,21 +30,25 @@ def register() -> None:
 
 
 def _register_methods(core_algos: ModuleType) -> None:
-    from verl_krpo.config import PRESETS
+    from verl_krpo.advantage import ESTIMATORS
     from verl_krpo.plugin import estimator, loss
 
-    for name in PRESETS:
-        core_algos.register_adv_est(name)(estimator.compute_advantage)
+    for name in ESTIMATORS:
+        named = functools.partial(estimator.compute_advantage, name)
+        core_algos.register_adv_est(name)(functools.update_wrapper(named, estimator.compute_advantage))
     core_algos.register_policy_loss("kpo")(loss.compute_policy_loss)
 
 
 def _register_groups(config_store: ModuleType) -> None:
     """Existing groups of verl's: a new group would be taken for a plain value where the plugin is missing."""
-    from verl_krpo.config import PRESETS, KpoConfig
+    from verl_krpo.advantage import ESTIMATORS
+    from verl_krpo.config import KpoConfig
 
     store = config_store.ConfigStore.instance()
-    for name, settings in PRESETS.items():
-        store.store(group="algorithm", name=name, package="algorithm", node={"adv_estimator": "krpo", "krpo": settings})
+    for name, estimator in ESTIMATORS.items():
+        store.store(
+            group="algorithm", name=name, package="algorithm", node={"adv_estimator": name, name: estimator.keys}
+        )
     store.store(
         group="actor",
         name="kpo",

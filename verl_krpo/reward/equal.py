@@ -1,63 +1,18 @@
 """Whether two short answers are the same, as far as text and exact numbers decide it; the rest is algebra.py's.
 
-`read` brings an answer into one spelling, `same` compares two. Nothing is rounded: a decimal is the fraction that it
-writes out, so 0.3333 is not one third. docs/data.md has the table of what counts as equal.
+`read` brings an answer into the spelling of spelling.py, `same` compares two. Nothing is rounded: a decimal is the
+fraction that it writes out, so 0.3333 is not one third. docs/data.md has the table of what counts as equal.
 """
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import combinations
+from string import ascii_lowercase
+
+from verl_krpo.reward.spelling import spelled
 
 MAX_EXPONENT = 4000  # a larger power of ten is left to algebra.py, where what it costs is limited
-
-_CHARACTERS = {
-    "\u2212": "-", "\u2013": "-", "\u00d7": "\\times ", "\u00b7": "\\cdot ", "\u22c5": "\\cdot ", "\u00f7": "/",
-    "\u03c0": "\\pi ", "\u221e": "\\infty ", "\u2264": "\\le ", "\u2265": "\\ge ", "\u2260": "\\ne ", "\u2208": "\\in ",
-    "\u00b1": "\\pm ", "\u222a": "\\cup ", "\u2205": "\\emptyset ", "\u00b0": "\\degree ", "\u221a": "sqrt ",
-    "\u00bd": "\\frac{1}{2}", "\u00bc": "\\frac{1}{4}", "\u00be": "\\frac{3}{4}",
-    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\uff0c": ", ",
-}  # fmt: skip
-_RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
-
-# What is written in several ways -> one spelling, in this order.
-_SPELLINGS = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        # signs that mean nothing
-        (r"(?<!\\)\\[()\[\]]|\\?\$|\\displaystyle|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])\.?|(?<!\\)\\!\s*", ""),
-        (r"\{,\}", ","),
-        (r"(?<!\\)\\[,;: ]|\\(?:q?quad|thinspace|space)(?![a-zA-Z])|(?<!\\)~|\s+", " "),
-        (r" *\^ *(?:\\circ|\{ *\\circ *\})|\\degrees?(?![a-z])", ""),
-        # LaTeX
-        (r"\\[dtc]frac(?![a-z])", r"\\frac"),
-        (r"\\(?:text(?:bf|it|rm|sf|normal)|math(?:bf|it|rm|sf)|mbox|operatorname)\s*\{", r"\\text{"),
-        (r"\\text\{ *([-+]?[\d.,]*\d) *\}", r"\1"),
-        (r"\\varnothing(?![a-z])|\\\{ *\\\}", r"\\emptyset "),
-        (r"\\leq(?:slant)?(?![a-z])|<=", r"\\le "),
-        (r"\\geq(?:slant)?(?![a-z])|>=", r"\\ge "),
-        (r"\\neq(?![a-z])|!=", r"\\ne "),
-        (r"\\lbrace(?![a-z])", r"\\{"),
-        (r"\\rbrace(?![a-z])", r"\\}"),
-        (r",? ?(?:\\text\{\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])) ?", ", "),
-        # plain text
-        (r"\*\*", "^"),
-        (r"(?<![a-zA-Z\\])sqrt *(\d+)", r"\\sqrt{\1}"),
-        (r"(?<![a-zA-Z\\])(pi|sqrt)(?![a-zA-Z])", r"\\\1 "),
-        (r"(?<![a-zA-Z\\])inf(?:ini)?ty(?![a-zA-Z])", r"\\infty "),
-        (r"(?<![a-zA-Z\\])((?:arc)?(?:sin|cos|tan)|log|ln)(?=[ (^_])", r"\\\1"),
-        (r"(?<=\d) ?[x*] ?(?=10 ?\^)", r"\\times "),
-        (r"(?<![a-zA-Z\\.\d])(\d[\d,]*\.?\d*|\.\d+)[eE]([+-]?\d+)(?!\w|\.\d)", r"\1\\times 10^{\2}"),
-        (r"\*", r"\\cdot "),
-        (r"(?<=\d)\.(?![\d\\])", ""),
-        # arguments in braces
-        (r"\\frac *(\d) *(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac *(\d) *(?=\{)", r"\\frac{\1}"),
-        (r"(\\frac *\{[^{}]*\}) *(\d)", r"\1{\2}"),
-        (r"\^ *([+-]?\d+)", r"^{\1}"),
-        (r"\\sqrt *(\w)", r"\\sqrt{\1}"),
-        (r" +", " "),
-    ]
-]
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)"
 _DECIMAL = rf"(?P<decimal>{_DIGITS}(?:\.\d*)?|\.\d+)"
@@ -74,7 +29,8 @@ _NUMBERS = [
     )
 ]
 _BASED = re.compile(r"(\d[\dA-Z]*) ?(?:_|(?:\\text\{)? ?(?=base))\{?(?:\\text\{)? ?(?:base)? ?\}? ?(\d+) ?\}*")
-_PERCENT = re.compile(r" ?(?:\\?%|\\text\{ ?percent(?:age)? ?\}|percent(?:age)?)")
+_PERCENT = re.compile(r"([^%]*?) ?(?:\\?%|\\text\{ ?percent(?:age)? ?\}|percent(?:age)?)")
+_CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 
 # Words after a number are its unit and go. Only these are compared, where both sides have one.
@@ -97,13 +53,14 @@ _UNITS = {
         "cent cents",
         "dollar dollars",
         "mph",
-        "a.m. am",
-        "p.m. pm",
+        "a.m am",
+        "p.m pm",
     )
     for name in names.split()
 }
 _UNIT = re.compile(
-    r"(?P<value>.*[\d})])(?P<space> ?)(?P<name>\\text\{[^{}]*[a-zA-Z][^{}]*\}|[a-zA-Z][a-zA-Z. /]*)(?P<power>\^\{\d\})?"
+    r"(?P<value>.*(?:[\d})]|\\pi))(?P<space> ?)(?P<name>\\text\{[^{}\d]*[a-zA-Z][^{}\d]*\}|[a-zA-Z][a-zA-Z. /]*)"
+    r"(?P<power>\^\{\d\})?"
 )
 
 
@@ -126,42 +83,20 @@ class Answer:
 
 def read(text: str) -> Answer:
     """Bring an answer into one spelling."""
+    if (value := number(text)) is not None:
+        return Answer(text, value)
     latex = spelled(text)
     if found := _BASED.fullmatch(latex):
         if int(found[2]) != 10:
             return Answer(found[1].lstrip("0"), base=int(found[2]))
         latex = found[1]
     unit = ""
-    without = _PERCENT.sub("", latex).strip()
-    percent, latex = without != latex, without
+    percent = _PERCENT.fullmatch(latex)
+    latex = percent[1] if percent else latex
     if (found := _UNIT.fullmatch(latex)) and _is_unit(found):
         latex, unit = found["value"], _UNITS.get(_name(found), "") + (found["power"] or "")
     value = number(latex)
-    return Answer(latex, value, value is None and _is_words(latex), unit, percent)
-
-
-def spelled(text: str) -> str:
-    """The text with one spelling for what LaTeX and plain text write in several ways."""
-    for old, new in _CHARACTERS.items():
-        text = text.replace(old, new)
-    text = re.sub("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+", lambda f: f"^{{{f[0].translate(_RAISED)}}}", text)
-    text = text.strip().strip("*")
-    for pattern, replacement in _SPELLINGS:
-        text = pattern.sub(replacement, text)
-    return _braced(text).strip().rstrip(".,;:").strip()
-
-
-def _braced(text: str) -> str:
-    """\\sqrt(...) and ^(...) with braces in place of the parentheses."""
-    while found := re.search(r"(\\sqrt|\^) *\(", text):
-        depth, end = 1, found.end()
-        while depth and end < len(text):
-            depth += {"(": 1, ")": -1}.get(text[end], 0)
-            end += 1
-        if depth:
-            break
-        text = f"{text[: found.end(1)]}{{{text[found.end() : end - 1]}}}{text[end:]}"
-    return text
+    return Answer(latex, value, value is None and _is_words(latex), unit, percent is not None)
 
 
 def number(latex: str) -> Fraction | None:
@@ -185,7 +120,7 @@ def _value(found: re.Match) -> Fraction | None:
 
 
 def _name(found: re.Match) -> str:
-    return _TEXT.sub(r"\1", found["name"]).strip().lower()
+    return _TEXT.sub(r"\1", found["name"]).strip(" .").lower()
 
 
 def _is_unit(found: re.Match) -> bool:
@@ -194,17 +129,21 @@ def _is_unit(found: re.Match) -> bool:
     apart = text or bool(found["space"])
     if name in _UNITS:
         return apart or len(name) > 1
-    return number(found["value"]) is not None and (text or apart and len(name) > 3)
+    if text:  # after a value without letters of its own
+        return not re.search("[a-zA-Z]", re.sub(r"\\(?!text)[a-zA-Z]+", "", found["value"]))
+    return apart and len(name) > 3 and number(found["value"]) is not None
 
 
 def _is_words(latex: str) -> bool:
-    """`\\text{no}`, `June 20`; but `\\frac{abcd}{2}` and `\\text{if } x > 0` are not words alone."""
-    written = re.search(r"\\text\{[^{}]*[a-zA-Z]{2}|(?<![a-zA-Z\\])[a-zA-Z]{4,}", latex)
+    """`\\text{no}`, `June 20`; but `\\frac{abcd}{2}`, `\\text{if } x > 0` and the product `abcd` are not words."""
+    if latex.isalpha() and "".join(sorted(latex)) in ascii_lowercase:
+        return False  # letters that follow one another in the alphabet are variables
+    written = re.search(r"(?<!\d)(?<!\d )\\text\{[^{}]*[a-zA-Z]{2}|(?<![a-zA-Z\\])[a-zA-Z]{4,}", latex)
     return written is not None and not re.search(r"[\\^_=+<>{}|]", _TEXT.sub(r"\1", latex))
 
 
 def _plain(latex: str) -> str:
-    return re.sub(r"(?:[\s,'\"]|[.-](?!\d))+", " ", _TEXT.sub(r"\1", latex)).strip().lower()
+    return re.sub(r"(?:[\s,'\"\\]|[.-](?!\d))+", " ", _TEXT.sub(r"\1", latex)).strip().lower()
 
 
 def same(answer: Answer, truth: Answer) -> bool | None:
@@ -219,11 +158,30 @@ def same(answer: Answer, truth: Answer) -> bool | None:
         return bool(truth.latex)
     if answer.base != 10:
         return False
+    if ":" in answer.latex + truth.latex and (verdict := _same_ratio(answer.latex, truth.latex)) is not None:
+        return verdict
     if answer.number is None or truth.number is None:
         return None
     # A percent sign may be missing on one side, or be reckoned in.
     parts = [value.number / 100 if value.percent else value.number for value in (answer, truth)]
     return answer.number == truth.number or answer.percent != truth.percent and parts[0] == parts[1]
+
+
+def _same_ratio(answer: str, truth: str) -> bool | None:
+    """Whether two ratios of numbers are: 2:4 and 1:2, 3:4 and 3/4. What may be a clock, 2:20, is no quotient."""
+    sides = [[number(part.strip()) for part in side.split(":")] for side in (answer, truth)]
+    if any(value is None for side in sides for value in side):
+        return None
+    ours, theirs = sides
+    if _CLOCK.fullmatch(answer) or _CLOCK.fullmatch(truth):
+        return ours == theirs
+    if len(ours) != len(theirs):
+        ours, theirs = ([*side, Fraction(1)] if len(side) == 1 else side for side in sides)
+    return (
+        len(ours) == len(theirs)
+        and any(ours) == any(theirs) is True
+        and all(ours[i] * theirs[j] == ours[j] * theirs[i] for i, j in combinations(range(len(ours)), 2))
+    )
 
 
 def _closed(latex: str) -> str:
@@ -233,9 +191,8 @@ def _closed(latex: str) -> str:
 
 def exact(latex: str) -> str:
     """An expression for algebra without rounding: decimals are written as fractions, thousands without separators."""
-    if latex.startswith(("(", "[", "\\{")):
-        latex = latex.replace(",", ", ")  # (100,200) is a pair
-    latex = re.sub(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda found: found[0].replace(" ", ""), latex)
+    latex = re.sub(r"([(\[][^()\[\]]*\d),(?=\d)", r"\1, ", latex)  # in brackets a comma separates
+    latex = _THOUSANDS.sub(lambda found: re.sub("[, ]", "", found[0]), latex)
     return _DECIMALS.sub(_fraction, latex)
 
 
@@ -244,6 +201,7 @@ def _fraction(decimal: re.Match) -> str:
     return f"{{\\frac{{{over}}}{{{under}}}}}"
 
 
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?: \d{3})+|(?:,\d{3})+)(?!,?\d)")
 _DECIMALS = re.compile(
     r"(?<![\w.])(?P<decimal>\d*\.\d+|\d+\.(?=\\(?:over|bar)))"
     r"(?:\\(?:overline|bar) ?\{(?P<repeated>\d+)\})?(?![\d.])"

@@ -2,29 +2,39 @@
 
 verl loads this file by path (`reward.custom_reward_function.path=.../math.py`).
 
-The final answer is the first of these that the response holds:
+The final answer is the first of these that the response holds, thinking aside (whatever stands before the last </think>
+or after a <think> that is not closed):
 
     the last <answer>...</answer>
-    the last complete \\boxed{...} (\\fbox and a bare `\\boxed 5` too)
+    the last \\boxed{...} (\\fbox and a bare `\\boxed 5` too); none where one was begun after it and not closed
     the rest of the line after the last ####
+    the rest of the last line that begins with "Answer:" or "Final answer:"
 
-equal.py compares text and plain numbers, pool.py has the rest compared by math-verify (algebra.py) in processes of its
-own. What cannot be graded, because it takes more than 5 s of CPU time or 2 GiB, scores 0 with `ungraded` 1 and is
-logged. Answers of more than 1,000 characters are wrong unless they are the truth to the letter.
+A truth may come in one of these too. "The answer is" and end tokens around an answer are dropped.
+
+equal.py compares text and plain numbers, pool.py has the rest compared by algebra.py in processes of its own. What
+cannot be graded, because it takes more than 5 s of CPU time or 2 GiB, scores 0 with `ungraded` 1 and is logged. Answers
+of more than 1,000 characters are wrong unless they are the truth to the letter.
 """
 
 import logging
 import os
+import re
 from importlib.util import find_spec
 
 from verl_krpo.data.boxed import last_boxed
-from verl_krpo.reward.equal import exact, read, same
+from verl_krpo.reward.equal import read, same
 from verl_krpo.reward.pool import Failed, Pool
 
 if find_spec("math_verify") is None:
     raise ImportError("the math reward needs math-verify: pip install math-verify")
 
 MAX_CHARACTERS = 1000
+
+_TAG = re.compile("<(/?)answer>", re.IGNORECASE)
+_LINE = re.compile(r"^[ *#]*(?:final )?answer[ *]*:(.+)$", re.IGNORECASE | re.MULTILINE)
+_LEAD = re.compile(r"^[ *]*(?:(?:so|thus|hence),? )?(?:the )?(?:final )?answer(?: is)?\b[ *:=]*", re.IGNORECASE)
+_END = re.compile(r"</s>|<\|[a-z_]+\|>|<eos>|<end_of_turn>")
 
 _log = logging.getLogger(__name__)
 # verl imports this file when a job's reward workers start, long before the first answer.
@@ -33,16 +43,29 @@ _pool = Pool("verl_krpo.reward.algebra:equal", processes=min(4, os.cpu_count() o
 
 def extract(text: str) -> str | None:
     """The final answer of a response as the module's table defines it, None without one."""
-    before, closed, _ = text.rpartition("</answer>")
+    answer = _marked(text.rpartition("</think>")[2].partition("<think>")[0])
+    return None if answer is None else _bare(answer)
+
+
+def _bare(answer: str) -> str:
+    return _LEAD.sub("", _END.split(answer, maxsplit=1)[0]).strip()
+
+
+def _marked(text: str) -> str | None:
+    before, closed, _ = _TAG.sub(r"<\1answer>", text).rpartition("</answer>")
     _, opened, tagged = before.rpartition("<answer>")
     if opened and closed:
-        boxed = last_boxed(tagged)
-        return tagged.strip() if boxed is None else boxed
+        text = tagged
     boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed
+    if last_boxed(text + "}" * text.count("{")) != boxed:
+        return None  # closed by force, another box appears: it was cut off
+    if boxed is not None or opened and closed:
+        return tagged if boxed is None else boxed
     _, marked, rest = text.rpartition("####")
-    return rest.strip().partition("\n")[0].strip() if marked else None
+    if marked:
+        return rest.strip().partition("\n")[0]
+    lines = _LINE.findall(text)
+    return lines[-1] if lines else None
 
 
 def equivalent(answer: str, truth: str) -> bool:
@@ -53,7 +76,7 @@ def equivalent(answer: str, truth: str) -> bool:
         return False
     ours, theirs = read(answer), read(truth)
     verdict = same(ours, theirs)
-    return _pool.call(exact(ours.latex), exact(theirs.latex)) if verdict is None else verdict
+    return _pool.call(ours.latex, theirs.latex) if verdict is None else verdict
 
 
 def compute_score(
@@ -72,7 +95,7 @@ def compute_score(
     truth = str(ground_truth).strip()
     if not truth:
         raise ValueError(f"{data_source}: the ground truth is empty; drop the row or fill reward_model.ground_truth")
-    answer = extract(solution_str)
+    truth, answer = _bare(_marked(truth) or truth), extract(solution_str)
     right, ungraded = False, False
     try:
         right = answer is not None and equivalent(answer, truth)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_krpo.runs import figure, log
+from verl_krpo.report import figure
+from verl_krpo.runs import log
 from verl_krpo.runs.log import ACCURACY, REWARD, SECONDS, Series
 
 WINDOW = 10
@@ -128,34 +129,6 @@ def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
     return rows
 
 
-def table_of_fits(runs: Sequence[Run], console=None) -> None:
-    """Print ceiling, speed and midpoint of every method, mean over its seeds and 95 % interval; who has no fit, why."""
-    from rich.console import Console
-
-    from verl_krpo.runs.fit import Fit, fit, over_seeds
-
-    console = console or Console(soft_wrap=False)
-    rows, reasons = [], []
-    for name, seeds in _by_method(runs).items():
-        fits: list[Fit] = []
-        for run in seeds:
-            try:
-                fits.append(fit(run.accuracy))
-            except (ValueError, RuntimeError) as error:  # RuntimeError: scipy's, no convergence
-                reasons.append(f"{run.name}: no fit, {error}")
-        if fits:
-            numbers = [
-                f"{mean:.{digits}f}" + (f" ±{half:.{digits}f}" if half == half else "")
-                for mean, half, digits in zip(*over_seeds(fits), (3, 2, 1), strict=True)
-            ]
-            rows.append([name, str(len(fits)), *numbers])
-    console.print()
-    if rows:
-        _print(console, ("method", "seeds", "ceiling", "speed", "midpoint\n(step)"), rows)
-    for reason in reasons:
-        console.print(reason, soft_wrap=True, markup=False, highlight=False)
-
-
 def table_of_differences(runs: Sequence[Run], against: str, console=None) -> None:
     """Print reward and accuracy, and what they differ by from the method `against`, paired by seed.
 
@@ -163,7 +136,7 @@ def table_of_differences(runs: Sequence[Run], against: str, console=None) -> Non
     """
     from rich.console import Console
 
-    from verl_krpo.runs.paired import differences
+    from verl_krpo.report.paired import differences
 
     def cells(_: int, mean: float, difference: float, half: float) -> list[str]:
         interval = "" if math.isnan(half) else f" ±{half:.3f}"
@@ -221,7 +194,6 @@ def show(
     paths: Sequence[str | os.PathLike],
     out: str | os.PathLike | None = None,
     console=None,
-    fitted: bool = False,
     against: str | None = None,
 ) -> Path:
     """Read the runs, draw the figure (default: reward.png beside the first log) and print the tables asked for."""
@@ -234,8 +206,6 @@ def show(
             run.name = str(path)
     drawn = plot(runs, out or runs[0].folder / "reward")
     table(runs, drawn, console)
-    if fitted:
-        table_of_fits(runs, console)
     if against:
         table_of_differences(runs, against, console)
     return drawn

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_krpo.runs import figure, log
+from verl_krpo.report import figure
+from verl_krpo.runs import log
 from verl_krpo.runs.curves import WINDOW, smoothed
 from verl_krpo.runs.log import ACCURACY, REWARD, Series
 

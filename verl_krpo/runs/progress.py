@@ -5,11 +5,11 @@ import sys
 from collections import deque
 from pathlib import Path
 
-from verl_krpo.backends.memory import LOWER
+from verl_krpo.backends.ram import HOW_TO_NEED_LESS
 from verl_krpo.runs.log import METRICS, REWARD, SECONDS, accuracy, rows
 
-MEMORY = re.compile(r"^memory: .+(?=\n)", re.MULTILINE)  # what the CPU platform says before Ray starts
-STEPS = re.compile(r"Total training steps: (\d+)")  # verl, before the first step
+MEMORY_LINE = re.compile(r"^memory: .+(?=\n)", re.MULTILINE)  # what the CPU platform says before Ray starts
+TOTAL_STEPS = re.compile(r"Total training steps: (\d+)")  # verl, before the first step
 OUT_OF_MEMORY = re.compile(r"Memory on the node \(.*?\).*? was ([\d.]+)GB(?: used)? / ([\d.]+)GB")
 TOP_USER = re.compile(r"PID\s+MEM\(GB\)\s+COMMAND\s+\d+\s+([\d.]+)\s+(\S+)")
 
@@ -44,7 +44,7 @@ class Line:
 
     def update(self) -> None:
         self.line.refresh()
-        if self.memory is None and (found := MEMORY.search(self.log.read_text(errors="replace"))):
+        if self.memory is None and (found := MEMORY_LINE.search(self.log.read_text(errors="replace"))):
             self.memory = found[0]
             self.line.write(self.memory)
         metrics = self.log.parent / METRICS
@@ -53,7 +53,7 @@ class Line:
         self.size = metrics.stat().st_size
         logged = rows(metrics)
         if self.step < 0 and logged:
-            total = STEPS.search(self.log.read_text(errors="replace"))
+            total = TOTAL_STEPS.search(self.log.read_text(errors="replace"))
             self.line.reset(total=int(total[1]) if total else None)
             self.line.initial = min(logged)
             self.line.bar_format = "{desc} [{elapsed}, about {remaining} left]"
@@ -82,7 +82,7 @@ def out_of_memory(log: str) -> str | None:
         return None
     largest = TOP_USER.search(log, found.start())
     most = f", {largest[1]} GB of them by {largest[2].strip()}" if largest else ""
-    return f"Ray ended the job for memory: {found[1]} of {found[2]} GB were in use{most}. {LOWER}"
+    return f"Ray ended the job for memory: {found[1]} of {found[2]} GB were in use{most}. {HOW_TO_NEED_LESS}"
 
 
 def summary(step: int, data: dict) -> str:

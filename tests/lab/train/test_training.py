@@ -1,0 +1,302 @@
+"""The training laboratory in small: what is sampled and computed, methods by hand, runs that are paired and resumed."""
+
+import dataclasses
+import io
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from verl_krpo import tiny_model
+from verl_krpo.lab.train import conditions, gradient, on_policy, results, study
+from verl_krpo.lab.train.conditions import NOISES, Condition
+from verl_krpo.lab.train.methods import METHODS, Batch
+from verl_krpo.runs import curves
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model that knows the form of an answer and few sums."""
+    path = tmp_path_factory.mktemp("lab") / "tiny"
+    tokenizer = tiny_model.tokenizer()
+    model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=0)
+    tiny_model.warm_start(model, tokenizer, steps=100, seed=0, batch_size=16)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def condition(monkeypatch):
+    """Adds a condition for the length of a test."""
+    return lambda name, **fields: monkeypatch.setitem(conditions.CONDITIONS, name, Condition(name, **fields))
+
+
+def test_log_probs_are_those_of_whole_sequences(model):
+    first = on_policy.start(model)
+    prompts = first.encode(on_policy.sums(random.Random(1), 3))
+    generator = torch.Generator().manual_seed(0)
+    responses, mask, *_ = on_policy.sample(first.model, prompts, 2, first.tokenizer.eos_token_id, 0, generator)
+    owner = torch.tensor([0, 0, 1, 1, 2, 2])
+    with torch.no_grad():
+        found = on_policy.log_probs(first.model, prompts, responses, owner)
+        whole = first.model(torch.cat([prompts[owner], responses], 1)).logits.log_softmax(-1)
+    expected = whole[:, prompts.shape[1] - 1 : -1].gather(-1, responses[..., None])[..., 0]
+    torch.testing.assert_close(found[mask], expected[mask], rtol=1e-4, atol=1e-4)
+    for row, seen in zip(responses.tolist(), mask.sum(1).tolist(), strict=True):
+        assert first.tokenizer.eos_token_id not in row[: seen - 1]
+        assert seen == mask.shape[1] or row[seen - 1] == first.tokenizer.eos_token_id
+
+
+def test_tokens_are_sampled_from_the_model(model):
+    first = on_policy.start(model)
+    prompts, count = first.encode(on_policy.sums(random.Random(2), 1)), 1000
+    generator = torch.Generator().manual_seed(0)
+    responses, *_ = on_policy.sample(first.model, prompts, count, first.tokenizer.eos_token_id, 0, generator)
+    with torch.no_grad():
+        probability = first.model(prompts).logits[0, -1].softmax(-1)
+    share = torch.bincount(responses[:, 0], minlength=len(probability)) / count
+    assert ((share - probability).abs() <= 5 * (probability * (1 - probability) / count).sqrt() + 1e-3).all()
+
+
+def test_accuracy_is_what_sampling_finds(model):
+    first = on_policy.start(model)
+    problems = on_policy.sums(random.Random(0), on_policy.HELD_OUT, held_out=True)
+    generator = torch.Generator().manual_seed(0)
+    responses, *_ = on_policy.sample(first.model, first.encode(problems), 8, first.tokenizer.eos_token_id, 0, generator)
+    right = (on_policy.scores(first.tokenizer, responses, problems, 8) == 1).double()
+    expected = on_policy.accuracy(first.model, first.held_out)
+    assert abs(right.mean().item() - expected) < 5 * (expected / right.numel()) ** 0.5 + 0.002
+
+
+def test_noise_is_what_it_is_called():
+    rewards = torch.tensor([[0.0, 1.0]]).repeat(20_000, 1).double()
+    for name, level, mean, std in (
+        ("none", 0.0, rewards[0], (0.0, 0.0)),
+        ("flip", 0.2, torch.tensor([0.2, 0.8]), (0.4, 0.4)),
+        ("gaussian", 0.5, torch.tensor([0.0, 1.0]), (0.5, 0.5)),
+    ):
+        noisy = NOISES[name](level, rewards.shape, torch.Generator().manual_seed(0))(rewards)
+        torch.testing.assert_close(noisy.mean(0), mean.double(), rtol=0, atol=0.02)
+        torch.testing.assert_close(noisy.std(0), torch.tensor(std).double(), rtol=0, atol=0.02)
+    graded = NOISES["judge"](1.0, rewards.shape, torch.Generator().manual_seed(0))(rewards)
+    assert 0 < graded.min() and graded.max() < 1 and graded[:, 1].mean() > graded[:, 0].mean() + 0.5
+
+
+@pytest.fixture(scope="module")
+def batch_of(model):
+    """batch_of(rewards, lengths) -> a Batch of prompts that differ."""
+    first = on_policy.start(model)
+    problems = on_policy.sums(random.Random(0), 8)
+
+    def make(rewards, lengths=None):
+        lengths = torch.ones_like(rewards) if lengths is None else lengths
+        mask = torch.arange(lengths.max()) < lengths.view(-1, 1)
+        probability = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
+        chosen = problems[: len(rewards)]
+        sampled = on_policy.Responses(torch.zeros(mask.shape), mask, probability.log(), probability.square())
+        return Batch(rewards, [p.question for p in chosen], 0, first.encode(chosen), first.model, *sampled)
+
+    return make
+
+
+def test_a_value_network_learns_what_a_prompt_is_worth(batch_of):
+    method = METHODS["value_network"]()
+    batch = batch_of(torch.tensor([[1.0, 0.6], [0.4, 0.0]], dtype=torch.float64))
+    first, *_, last = (method(batch).mean(1) for _ in range(60))
+    assert first[0] - first[1] > 1  # before, the mean of the batch
+    assert abs(last[0] - last[1]) < 0.2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_finite_and_favors_the_better_answer(name, batch_of):
+    rewards = torch.from_numpy(np.random.default_rng(0).choice([0.0, 0.01, 0.5, 1.0], (8, 4)))
+    lengths = torch.from_numpy(np.random.default_rng(1).integers(3, 9, (8, 4)))
+    batch = batch_of(rewards, lengths)
+    advantage = METHODS[name]()(batch).reshape(*rewards.shape, -1)
+    assert advantage.shape[2] in (1, batch.mask.shape[1]) and advantage.isfinite().all()
+    assert (advantage * (rewards - rewards.mean(1, keepdim=True))[..., None]).sum() > 0
+
+
+def test_prompts_recur_from_a_pool_and_are_otherwise_new():
+    pooled = dataclasses.replace(conditions.CONDITIONS["recurring"], prompts=4, pool=8)
+    steps = [next_ for next_, _ in zip(on_policy.visits(pooled, 3), range(4), strict=False)]
+    first, second = ({p.question for step in half for p in step} for half in (steps[:2], steps[2:]))
+    assert first == second and len(first) <= 8
+    fresh = on_policy.visits(conditions.CONDITIONS["pairs"], 3)
+    assert next(fresh) != next(fresh)
+
+
+def test_runs_of_a_seed_are_paired_and_repeatable(model, condition):
+    condition("short", prompts=6, size=2, steps=2, every=1, learning_rate=1e-3)
+    condition("frozen", prompts=6, size=2, steps=2, every=1, learning_rate=0.0)
+    rloo, again, other = (on_policy.run(model, "short", method, 5) for method in ("rloo", "rloo", "krpo"))
+    assert rloo["curve"] == again["curve"] != other["curve"]
+    assert rloo["curve"].split()[0] == other["curve"].split()[0]
+    frozen = [on_policy.run(model, "frozen", method, 5) for method in ("rloo", "krpo")]
+    assert frozen[0]["reward"] == frozen[1]["reward"]  # the same answers were sampled
+
+
+def test_training_follows_the_advantage(model, condition, monkeypatch):
+    lengths = []
+
+    def shorter(batch):
+        lengths.append(float(batch.lengths.double().mean()))
+        return batch.lengths.double().mean() - batch.lengths
+
+    monkeypatch.setitem(METHODS, "shorter", lambda: shorter)
+    condition("few", prompts=8, size=4, steps=12, every=12, learning_rate=1e-3)
+    on_policy.run(model, "few", "shorter", 1)
+    assert sum(lengths[-3:]) < 0.8 * sum(lengths[:3])
+
+
+def test_a_penalty_holds_the_model_back(model, condition):
+    curves = []
+    for kl in (0.0, 10.0):
+        condition("held", prompts=8, size=4, steps=6, every=6, learning_rate=1e-3, kl=kl)
+        before, after = map(float, on_policy.run(model, "held", "rloo", 1)["curve"].split())
+        curves.append(abs(after - before))
+    assert curves[1] < curves[0]
+
+
+def test_a_study_resumes_and_reports(tmp_path, monkeypatch):
+    """With runs that are made up and in this process."""
+    ran = []
+
+    def invented(tasks_run, tasks, model, path, jobs):
+        for condition, method, seed in tasks:
+            ran.append((method, seed))
+            row = {"condition": condition, "method": method, "seed": seed, "rollouts": 64}
+            study.append(path, row | {"curve": f"0.1 0.2 0.{3 + seed}", "advantage_std": 1.0})
+            yield row | {"curve": ""}
+
+    monkeypatch.setattr(study, "execute", invented)
+    for seeds in (range(2), range(3)):
+        wanted = study.tasks(conditions.CONDITIONS, ["pairs"], METHODS, ["rloo", "grpo"], seeds)
+        text = study.study(tmp_path, on_policy.run, wanted, tmp_path, lambda path: None, 1)
+    assert ran == [(method, seed) for seed in range(3) for method in ("rloo", "grpo")]
+    assert len(text.splitlines()) == 4 and "| pairs" in text and "grpo" in text
+    assert {path.name for path in tmp_path.iterdir()} >= {"runs.csv", "summary.csv", "curves.png", "differences.svg"}
+    with pytest.raises(ValueError, match="no method dapo"):
+        study.tasks(conditions.CONDITIONS, ["pairs"], METHODS, ["dapo"], range(1))
+
+
+def test_a_run_that_fails_in_its_process_is_seen(model, tmp_path):
+    with pytest.raises(KeyError, match="nothing"):
+        list(study.execute(on_policy.run, [study.Task("nothing", "rloo", 0)], model, tmp_path / "runs.csv", 1))
+
+
+def curve_rows(method, curves):
+    line = {"condition": "pairs", "method": method, "rollouts": "64", "advantage_std": "2"}
+    return [line | {"seed": str(k), "curve": " ".join(map(str, curve))} for k, curve in enumerate(curves)]
+
+
+RUNS = {  # folder of docs/results -> the second method that its table compares with
+    "training": "grpo",
+    "training/recurring": "krpo_adaptive",
+    "training/claims": "grpo",
+    "training/parts": "krpo",
+    "training/others": "grpo",
+    "training/value": "krpo_adaptive",
+    "training/grid": "krpo",
+    "training/rates": "grpo",
+    "training/tuned": "grpo",
+    "off_policy": "vanilla",
+    "off_policy/wide": "gspo_clip0.004",
+    "off_policy/long": "kpo",
+}
+DIFFERENCE = r"[+-]0\.\d{3} ± 0\.\d{3}"
+ROLLOUTS = r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)"
+
+
+def test_the_page_of_claims_says_what_the_runs_say(tmp_path):
+    """Its tables are what the command makes of the runs in the repository; every difference it names is from there."""
+    page, tables = (ROOT / "docs/claims.md").read_text(), []
+    for folder, other in RUNS.items():
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(ROOT / "docs/results" / folder / "runs.csv", tmp_path / folder)
+        tables.append(study.show(tmp_path / folder / "runs.csv", other))
+        assert tables[-1] in page, folder
+    tables.append(gradient.as_table(study.finished(ROOT / "docs/results/gradient/gradient.csv")))
+    assert tables[-1] in page
+    for figure in (DIFFERENCE, ROLLOUTS):
+        told = re.findall(figure, page + (ROOT / "README.md").read_text())
+        assert set(told) <= set(re.findall(figure, "".join(tables)))
+
+
+def test_the_page_of_claims_says_what_the_runs_in_verl_say():
+    page = (ROOT / "docs/claims.md").read_text()
+    runs = [curves.read(folder) for folder in sorted((ROOT / "docs/results/verl").iterdir())]
+    for method in ("rloo", "krpo_adaptive"):
+        console = Console(file=io.StringIO(), width=80, color_system=None)
+        curves.table_of_differences(runs, method, console)
+        assert "\n".join(line.rstrip() for line in console.file.getvalue().strip("\n").splitlines()) in page
+
+
+def test_the_page_of_claims_says_how_large_advantages_are():
+    runs = study.finished(ROOT / "docs/results/training/runs.csv")
+
+    def size(condition, method):
+        values = [
+            float(run["advantage_std"]) for run in runs if (run["condition"], run["method"]) == (condition, method)
+        ]
+        return sum(values) / len(values)
+
+    (krpo, grpo) = ([size(condition, method) for condition in ("pairs", "fours")] for method in ("krpo", "grpo"))
+    said = f"KRPO {krpo[0]:.2f} and {krpo[1]:.2f}, GRPO {grpo[0]:.2f} and {grpo[1]:.2f}"
+    times = f"it is {(krpo[0] / grpo[0]) ** 2:.0f} and {(krpo[1] / grpo[1]) ** 2:.0f} times GRPO's"
+    assert f"| {said} | no: {times}" in (ROOT / "docs/claims.md").read_text()
+
+
+def test_the_readme_says_what_the_runs_say():
+    lines = results.summary(study.finished(ROOT / "docs/results/training/runs.csv"))
+    rows = (ROOT / "README.md").read_text().splitlines()
+    for name, method in (
+        ("GRPO", "grpo"),
+        ("KRPO as", "krpo"),
+        ("JSPO", "jspo"),
+        ("`krpo_adaptive`, the", "krpo_adaptive"),
+    ):
+        cells = [
+            f"{line['rollouts']:.2f} ({line['rollouts_low']:.2f} to {line['rollouts_high']:.2f})"
+            for line in lines
+            if line["method"] == method
+        ]
+        assert len(cells) == 3
+        assert any(row.startswith(f"| {name}") and row.endswith(f"| {' | '.join(cells)} |") for row in rows), method
+
+
+def test_the_summary_by_hand():
+    rloo = curve_rows("rloo", [[0.0, 0.2, 0.4, 0.6, 0.8], [0.0, 0.2, 0.4, 0.6, 0.8]])
+    quick = curve_rows("jspo", [[0.0, 0.4, 0.8, 0.9, 0.9], [0.0, 0.4, 0.8, 0.9, 1.0]])
+    slow = curve_rows("krpo", [[0.0, 0.1, 0.2, 0.3, 0.4]] * 2)
+    by_method = {line["method"]: line for line in results.summary(rloo + quick + slow)}
+    # RLOO is at .6 after 3 of 4 looks; the quick one passes it halfway between the first and the second.
+    assert by_method["rloo"]["rollouts"] == 1 and by_method["rloo"]["difference"] == 0
+    assert by_method["jspo"]["rollouts"] == pytest.approx(1.5 / 3)
+    assert by_method["jspo"]["difference"] == pytest.approx(0.15) and by_method["jspo"]["wins"] == 1
+    assert by_method["jspo"]["difference_half"] == pytest.approx(12.7062 * 0.05, rel=1e-4)  # t, one degree of freedom
+    assert np.isnan(by_method["krpo"]["to_other"])
+    grpo = curve_rows("grpo", [[0.0, 0.1, 0.2, 0.3, 0.5]] * 2)
+    krpo = next(line for line in results.summary(rloo + slow + grpo) if line["method"] == "krpo")
+    assert krpo["to_other"] == pytest.approx(-0.1) and krpo["difference"] == pytest.approx(-0.4)
+    assert np.isnan(results.rollouts(np.ones((2, 5)), np.ones((2, 5))))
+    assert by_method["krpo"]["rollouts"] == float("inf") and "never" in results.as_table([by_method["krpo"]])
+    assert "collapsed" not in results.as_table(list(by_method.values()))
+    fallen = curve_rows("krpo", [[0.3, 0.5, 0.9, 0.0, 0.0], [0.3, 0.5, 0.9, 0.9, 0.9]])
+    steady = curve_rows("rloo", [[0.3, 0.4, 0.5, 0.6, 0.7]] * 2)
+    table = results.as_table(results.summary(steady + fallen)).splitlines()
+    assert table[0].endswith("| collapsed |") and [line.split()[-2] for line in table[2:]] == ["0", "1"]
+    with pytest.raises(ValueError, match="twice"):
+        results.summary(rloo + rloo)
+    with pytest.raises(ValueError, match="several models"):
+        results.summary(rloo + curve_rows("grpo", [[0.1, 0.2, 0.3, 0.4, 0.5]]))
+    with pytest.raises(ValueError, match="none of batch_mean, rloo"):
+        results.summary(slow)

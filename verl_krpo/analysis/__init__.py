@@ -1,1 +1,0 @@
-"""Rollouts and validation dumps read back: replay, evaluation."""

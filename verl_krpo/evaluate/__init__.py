@@ -1,0 +1,1 @@
+"""Validation dumps read back: what checkpoints can do."""

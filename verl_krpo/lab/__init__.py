@@ -1,0 +1,1 @@
+"""The laboratory: simulations, a tiny model in training, and what things cost. No job imports it."""

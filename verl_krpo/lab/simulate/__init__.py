@@ -1,0 +1,1 @@
+"""Estimators on simulated rewards: every study returns a table."""

@@ -1,0 +1,124 @@
+"""Many runs: conditions x methods x seeds in parallel processes, one CSV line each; a line there is not run again."""
+
+import csv
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+Run = Callable[[Path, str, str, int], dict]  # the model's folder, condition, method, seed -> a line of the CSV
+
+
+class Task(NamedTuple):
+    condition: str
+    method: str
+    seed: int
+
+
+def finished(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV of runs, or none."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def missing(tasks: Iterable[Task], path: Path) -> list[Task]:
+    """The tasks whose run is not in the CSV."""
+    done = {(row["condition"], row["method"], int(row["seed"])) for row in finished(path)}
+    return [task for task in tasks if task not in done]
+
+
+def execute(run: Run, tasks: list[Task], model: Path, path: Path, jobs: int) -> Iterator[dict]:
+    """Run the tasks in `jobs` processes and append each to the CSV as it ends, in whatever order; yields its line.
+
+    The first task that fails ends the study with its error; what has ended stays in the CSV.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=_one_thread) as pool:
+        pending = [pool.submit(run, model, *task) for task in tasks]
+        try:
+            for future in as_completed(pending):
+                row = future.result()
+                append(path, row)
+                yield row
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def append(path: Path, row: dict) -> None:
+    """One line more; the first writes the header."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def _one_thread() -> None:
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    torch.set_num_threads(1)
+    disable_progress_bar()
+
+
+def tasks(
+    conditions: Mapping[str, object],
+    chosen: Iterable[str],
+    methods: Mapping[str, object],
+    of: Iterable[str],
+    seeds: range,
+) -> list[Task]:
+    """Seed by seed, so that an interrupted study is balanced. ValueError for a name that is not known."""
+    chosen, of = list(chosen), list(of)
+    for kind, names, known in (("condition", chosen, conditions), ("method", of, methods)):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"no {kind} {', '.join(unknown)}: there are {', '.join(known)}")
+    return [Task(condition, method, seed) for seed in seeds for condition in chosen for method in of]
+
+
+def study(
+    out: Path,
+    run: Run,
+    wanted: list[Task],
+    model: Path,
+    prepare: Callable[[Path], object],
+    jobs: int,
+    other: str = "grpo",
+) -> str:
+    """Run what OUT/runs.csv has not, on the model that `prepare` makes where it is missing; then `show`."""
+    from rich.progress import MofNCompleteColumn, Progress
+
+    path = out / "runs.csv"
+    if todo := missing(wanted, path):
+        prepare(model)
+        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+            bar = progress.add_task("runs", total=len(todo))
+            for row in execute(run, todo, model, path, jobs):
+                accuracy = row["curve"].rpartition(" ")[2]
+                progress.console.print(f"{row['condition']} {row['method']} seed {row['seed']}: {accuracy}")
+                progress.advance(bar)
+    return show(path, other)
+
+
+def show(path: Path, other: str = "grpo") -> str:
+    """Read a CSV of runs: write summary.csv, curves and differences beside it; the table as text.
+
+    other: a method that all are compared with besides their reference.
+    """
+    from verl_krpo.lab.train import results
+    from verl_krpo.report import tables
+
+    rows = finished(path)
+    if not rows:
+        raise ValueError(f"{path} holds no finished run")
+    lines = results.summary(rows, other)
+    tables.write_csv(path.with_name("summary.csv"), lines)
+    results.draw_curves(rows, path.with_name("curves"))
+    results.draw_differences(lines, path.with_name("differences"))
+    return results.as_table(lines)

@@ -1,0 +1,1 @@
+"""Rollouts of a verl job read again, under every estimator."""

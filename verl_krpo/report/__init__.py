@@ -1,0 +1,1 @@
+"""What runs, replay, evaluate and lab share: figures of one look, intervals, paired differences, tables."""

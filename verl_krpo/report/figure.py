@@ -1,0 +1,116 @@
+"""One look for every figure: a method has one color everywhere, plain axes, PNG and SVG."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+# Colors that color-blind readers tell apart (Okabe and Ito; for losses Tol's muted scheme), gray for group means.
+METHOD_COLORS = {
+    "grpo": "#8a8a8a",
+    "drgrpo": "#bdbdbd",
+    "rloo": "#333333",
+    "krpo": "#D55E00",
+    "krpo_predicted": "#E69F00",
+    "krpo_posterior": "#8e6bbf",
+    "krpo_smoothed": "#b79bd8",
+    "krpo_leave_one_out": "#56B4E9",
+    "krpo_adaptive": "#0072B2",
+    "krpo_memory": "#009E73",
+    "jspo": "#CC79A7",
+    "kpo": "#117733",
+    "kpo_unclipped": "#44AA99",
+    "krpo_kpo": "#882255",
+    "gspo": "#999933",
+}
+OTHER_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.92",
+    "grid.linewidth": 0.8,
+    "font.size": 9.5,
+    "savefig.dpi": 150,
+}
+
+
+def color(name: str) -> str:
+    """The color of a method, named as in recipes/config/method or as studies label it ("krpo leave_one_out")."""
+    return colors([name])[name]
+
+
+def colors(names: Sequence[str]) -> dict[str, str]:
+    """A color for each name: its method's, or one that is still free where the name is no method's or not the first.
+
+    The method is the longest one that the name begins with: `krpo_adaptive_cpu_seed1` is krpo_adaptive's.
+    """
+    chosen: dict[str, str] = {}
+    for name in names:
+        method = _method(name)
+        if method and METHOD_COLORS[method] not in chosen.values():
+            chosen[name] = METHOD_COLORS[method]
+    for name in names:
+        if name not in chosen:
+            free = [color for color in OTHER_COLORS if color not in chosen.values()]
+            chosen[name] = free[0] if free else OTHER_COLORS[len(chosen) % len(OTHER_COLORS)]
+    return chosen
+
+
+def _method(name: str) -> str | None:
+    words = re.sub(r"[^a-z0-9]+", "_", name.lower().replace(".", "")).strip("_") + "_"
+    return max((method for method in METHOD_COLORS if words.startswith(method + "_")), key=len, default=None)
+
+
+def axes(rows: int, columns: int, width: float, height: float, **options):
+    """(figure, its axes (rows, columns)), width x height inches, without a display. Options go to `subplots`."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def panels(count: int, width: float, height: float, **options):
+    """(figure, list of `count` axes), at most three side by side: width of all, height of a row. See `axes`."""
+    rows = -(-count // 3)
+    figure, grid = axes(rows, min(3, count), width, height * rows + 0.5, **options)
+    for spare in grid.flat[count:]:
+        spare.remove()
+    return figure, list(grid.flat[:count])
+
+
+def legend(figure, panel, **options) -> None:
+    """One legend for all panels, from the lines of one of them."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, **{"loc": "outside upper left", "frameon": False, "ncols": 3} | options)
+
+
+def whole_steps(panel, most: int = 8) -> None:
+    """Whole numbers on the axis of training steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, steps=[1, 2, 5, 10]))
+
+
+def band(panel, x, middle, low, high, color: str, **line) -> None:
+    """A line and the band around it."""
+    panel.plot(x, middle, color=color, **{"linewidth": 1.8} | line)
+    panel.fill_between(x, np.asarray(low), np.asarray(high), color=color, alpha=0.18, linewidth=0)
+
+
+def save(figure, path: str | os.PathLike) -> Path:
+    """Write PATH.png and PATH.svg (either ending may be given); the path of the PNG."""
+    from matplotlib import rc_context
+
+    path = Path(path)
+    if path.suffix in (".png", ".svg"):
+        path = path.with_suffix("")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rc_context(STYLE | {"svg.hashsalt": path.name}):
+        figure.savefig(f"{path}.svg", metadata={"Date": None})
+        figure.savefig(f"{path}.png")
+    return Path(f"{path}.png")

@@ -1,0 +1,32 @@
+"""Rows as a CSV, and as a table for people."""
+
+import csv
+from pathlib import Path
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """rows: one dict a line, all with the same keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A markdown table, its columns aligned."""
+    header = [title.replace("|", r"\|") for title in header]
+    widths = [max(len(line[k]) for line in [header, *lines]) for k in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *lines]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def markdown(rows: list[dict]) -> str:
+    """The rows as a table; a column of numbers in three digits."""
+
+    def cell(value):
+        if value is None or isinstance(value, str):
+            return value or ""
+        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+    return table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])
