@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# KRPO without a GPU: verl's own trainer teaches a tiny model to add, in about three minutes on two cores.
+# KRPO without a GPU: verl's own trainer teaches a tiny model to add, in a few minutes on two cores.
 #
 #   bash recipes/run_krpo_cpu.sh [verl overrides]
 #   METHOD=grpo SEED=2 bash recipes/run_krpo_cpu.sh              the same job under another method

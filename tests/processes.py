@@ -40,7 +40,7 @@ def still_running(processes: list[psutil.Process], seconds: float) -> list[psuti
     return left
 
 
-def ended(pid: int, seconds: float = 60) -> bool:
+def ended(pid: int, seconds: float = 300) -> bool:
     """Whether the process `pid` has ended, or does within `seconds`."""
     with suppress(psutil.NoSuchProcess):
         return not still_running([psutil.Process(pid)], seconds)

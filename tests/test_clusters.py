@@ -45,7 +45,7 @@ def test_the_slurm_script_starts_ray_on_every_node_and_the_recipe_on_the_first(t
         env=os.environ | slurm | ours,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     lines = calls.read_text().splitlines()
@@ -71,7 +71,7 @@ def test_a_worker_without_a_head_gives_up_in_time(tmp_path):
         env=os.environ | {"PYTHON": sys.executable, "NODE_IP": "127.0.0.1", "WAIT_SECONDS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 1
     assert f"no Ray head at 127.0.0.1:{port} after 1 s" in done.stderr and "ray_head.sh" in done.stderr

@@ -245,7 +245,7 @@ def test_the_compatibility_table_has_every_tested_version():
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="the site needs verl-krpo[docs]")
 def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
     env = {"NO_MKDOCS_2_WARNING": "1"}
-    bash(f"'{sys.executable}' -m mkdocs build --strict --site-dir '{tmp_path / 'site'}'", ROOT, 120, **env)
+    bash(f"'{sys.executable}' -m mkdocs build --strict --site-dir '{tmp_path / 'site'}'", ROOT, 600, **env)
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 15
     for page in pages:

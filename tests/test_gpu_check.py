@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 def report(folder, runs, device="cpu"):
     done = subprocess.run(
-        [sys.executable, SCRIPT, folder, str(runs), device], capture_output=True, text=True, timeout=120
+        [sys.executable, SCRIPT, folder, str(runs), device], capture_output=True, text=True, timeout=600
     )
     return done, json.loads((folder / "report.json").read_text())
 

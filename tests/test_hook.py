@@ -143,5 +143,5 @@ for hook in free:
     importlib.import_module(hook.module)
 print({hook.state() for hook in free})
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stdout.split("\n")[:2] == ["{'in force'} {'waiting'}", "{'in force'}"], done.stderr

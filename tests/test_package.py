@@ -21,7 +21,7 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "verl_krpo", source / "verl_krpo", ignore=shutil.ignore_patterns("__pycache__"))
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(build, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = out.glob("verl_krpo-*.whl")
     return path
@@ -40,7 +40,7 @@ def test_the_wheel_holds_every_module_and_the_entry_points(wheel):
 def test_installing_it_beside_verl_changes_no_other_package(wheel, tmp_path):
     report = tmp_path / "report.json"
     install = ["install", "--dry-run", "--quiet", "--force-reinstall", "--no-deps", "--report", str(report), str(wheel)]
-    subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True, timeout=240)
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True, timeout=600)
     (ours,) = json.loads(report.read_text())["install"]
     requires = ours["metadata"]["requires_dist"]
     needed = [each for each in requires if "extra ==" not in each]
@@ -51,13 +51,13 @@ def test_installing_it_beside_verl_changes_no_other_package(wheel, tmp_path):
         [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", str(report), *needed],
         check=True,
         capture_output=True,
-        timeout=240,
+        timeout=600,
     )
     assert json.loads(report.read_text())["install"] == []
 
 
 def test_the_command_names_its_version():
-    done = subprocess.run([sys.executable, "-m", "verl_krpo", "--version"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "verl_krpo", "--version"], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, f"{verl_krpo.__version__}\n")
 
 

@@ -84,7 +84,7 @@ def test_nothing_else_is_named(broken):
 def test_the_installed_verl_has_all_that_is_needed_and_is_not_imported():
     code = f"import runpy, sys; sys.argv = ['check', '--all']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     code = f"import atexit, sys; atexit.register(lambda: print('verl' in sys.modules, 'torch' in sys.modules)); {code}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "core_algos.register_adv_est" in done.stdout
     assert f"verl {versions.VERL[0]}: " in done.stdout and " 0 of them not there or changed" in done.stdout
@@ -94,5 +94,5 @@ def test_the_installed_verl_has_all_that_is_needed_and_is_not_imported():
 def test_what_krpo_and_kpo_need_decides_the_exit_status(tmp_path):
     (tmp_path / "verl").mkdir()
     (tmp_path / "verl/__init__.py").write_text("")
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "core_algos" in done.stdout

@@ -85,7 +85,7 @@ def test_a_permutation_is_the_same_in_every_process():
         "print(group(index, torch.ones(24, dtype=torch.bool), Order.shuffled).rows.tolist())"
     )
     here = group(np.array([f"uid-{k % 3}" for k in range(24)], dtype=object), all_counted(24), Order.shuffled)
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     assert there.stdout.strip().splitlines()[-1] == str(here.rows.tolist())
     # Written down once, so that a new version of this file cannot change it unnoticed.
     assert here.rows[:8].tolist() == [3, 12, 6, 18, 9, 0, 15, 21]

@@ -29,7 +29,7 @@ def run_python(code_or_module, *args, **environment):
         env={**os.environ, "VERL_PLATFORM": "cpu", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -149,7 +149,9 @@ x = torch.ones(2)
 torch.distributed.all_reduce(x)
 assert x.tolist() == [1.0, 1.0]
 assert CPUOffloadPolicy(pin_memory=True).pin_memory is False
-assert EngineRegistry.get_engine_cls("language_model", "fsdp2").__name__ == "FSDPEngineWithLMHead"
+for kind, engine in (("language_model", "FSDPEngineWithLMHead"), ("value_model", "FSDPEngineWithValueHead")):
+    for backend in ("fsdp", "fsdp2"):
+        assert EngineRegistry.get_engine_cls(kind, backend).__name__ == engine
 
 model = torch.nn.Linear(3, 2)  # saved weights are a copy, not the live ones
 fully_shard(model)
@@ -168,12 +170,6 @@ def test_verl_initialises_itself_on_a_cpu():
     assert done.stdout.endswith("fine\n"), done.stderr[-3000:]
 
 
-def test_nothing_of_the_backends_is_loaded_unasked():
-    heavy = {"verl_krpo.backends.cpu_platform", "verl_krpo.backends.hf_rollout"}
-    code = f"import sys, verl; print(sorted({heavy} & set(sys.modules)))"
-    assert run_python(["-c", code], VERL_PLATFORM="").stdout.endswith("[]\n")
-
-
 def test_the_platform_answers_like_a_device():
     platform = cpu_platform.CpuPlatform()
     assert torch.ones(1, device=platform.current_device()).device.type == "cpu"
@@ -185,14 +181,3 @@ def test_the_platform_answers_like_a_device():
     platform.synchronize()
     with platform.nvtx_range("step"):
         platform.empty_cache()
-
-
-def test_verls_fsdp_engines_are_found_for_the_cpu():
-    code = """
-from verl.workers.engine import EngineRegistry
-for model_type in ("language_model", "value_model"):
-    for backend in ("fsdp", "fsdp2"):
-        print(EngineRegistry.get_engine_cls(model_type, backend).__name__)
-"""
-    done = run_python(["-c", code])
-    assert done.stdout.split() == ["FSDPEngineWithLMHead"] * 2 + ["FSDPEngineWithValueHead"] * 2, done.stderr

@@ -70,7 +70,7 @@ def test_an_update_that_fails_says_why_and_one_that_succeeds_is_left_alone(tmp_p
         env=os.environ | {"VERL_PLATFORM": "cpu", WATCHED: "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = json.loads(done.stdout)

@@ -1,6 +1,8 @@
 """The plugin inside verl: registered in every process, checked on the driver, loud when it breaks."""
 
+import functools
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -25,14 +27,29 @@ def validate(config):
 
 
 def run(*command, **env):
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=600)
 
 
-REGISTERED = """
-import verl
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
-print(get_adv_estimator_fn("krpo").__module__, get_policy_loss_fn("kpo").__module__)
+IMPORTED = """
+import json, sys, verl
+loaded = sorted(sys.modules)
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, POLICY_LOSS_REGISTRY
+found = ADV_ESTIMATOR_REGISTRY.get("krpo"), POLICY_LOSS_REGISTRY.get("kpo")
+print(json.dumps([loaded, [method and method.__module__ for method in found]]))
 """
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """imported(**env) -> the modules that `import verl` loads in a fresh process, and where krpo and kpo come from."""
+
+    @functools.cache
+    def answer(**env):
+        done = run(sys.executable, "-c", IMPORTED, VERL_PLATFORM="", **env)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return answer
 
 
 def test_the_entry_point_names_the_plugin():
@@ -45,27 +62,29 @@ def test_the_entry_point_names_the_plugin():
     [{}, {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_USE_EXTERNAL_MODULES": "verl_krpo.plugin"}],
     ids=["entry point", "external module"],
 )
-def test_importing_verl_registers_both(env):
-    done = run(sys.executable, "-c", REGISTERED, **env)
-    assert done.stdout.split() == ["verl_krpo.plugin.estimator", "verl_krpo.plugin.loss"], done.stderr
+def test_importing_verl_registers_both(imported, env):
+    assert imported(**env)[1] == ["verl_krpo.plugin.estimator", "verl_krpo.plugin.loss"]
+
+
+def test_nothing_of_the_backends_is_loaded_unasked(imported):
+    assert not {"verl_krpo.backends.cpu_platform", "verl_krpo.backends.hf_rollout"} & set(imported()[0])
 
 
 def test_a_failing_plugin_is_seen_and_raised():
     broken = "import sys; sys.modules['verl_krpo.plugin.hooks'] = None; "
-    seen = run(sys.executable, "-c", broken + "import verl")
-    assert "verl-krpo could not be loaded" in seen.stderr and "Traceback" in seen.stderr
-    raised = run(sys.executable, "-c", broken + "import verl_krpo.plugin")
-    assert raised.returncode != 0 and "verl_krpo.plugin.hooks" in raised.stderr
+    raised = run(sys.executable, "-c", broken + "import verl; print('then', file=sys.stderr); import verl_krpo.plugin")
+    seen, then = raised.stderr.split("then\n")
+    assert "verl-krpo could not be loaded" in seen and "Traceback" in seen
+    assert raised.returncode != 0 and "verl_krpo.plugin.hooks" in then
     broken = "import sys, verl; sys.modules['verl_krpo.kalman'] = None; import verl.trainer.ppo.core_algos"
     raised = run(sys.executable, "-c", broken)
     assert raised.returncode != 0 and "verl_krpo.kalman" in raised.stderr
 
 
-def test_importing_verl_costs_a_few_modules_more():
+def test_importing_verl_costs_a_few_modules_more(imported):
     """786 before: verl's registries alone import transformers' model code, a second in each of a job's processes."""
-    code = "import sys, verl; print(len(sys.modules))"
-    ours, verls = (int(run(sys.executable, "-c", code, VERL_USE_EXTERNAL_PLUGINS=p).stdout) for p in ("auto", "none"))
-    assert 0 < ours - verls < 40
+    assert imported(VERL_USE_EXTERNAL_PLUGINS="none")[1] == [None, None]
+    assert 0 < len(imported()[0]) - len(imported(VERL_USE_EXTERNAL_PLUGINS="none")[0]) < 40
 
 
 @pytest.mark.parametrize(
@@ -223,7 +242,7 @@ def test_both_are_in_the_registry_of_a_ray_worker():
             )
             return advantages.tolist(), loss.item(), sorted(metrics)
 
-        advantages, loss, metrics = ray.get(in_worker.remote(), timeout=180)
+        advantages, loss, metrics = ray.get(in_worker.remote(), timeout=600)
     finally:
         ray.shutdown()
     # A group of one: P = 1 + 1e-5, K = P / (P + 1e-2), A = (1 - K) / sqrt(R K) for reward 1, and 0 for reward 0.

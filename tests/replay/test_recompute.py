@@ -513,6 +513,6 @@ def test_the_command(folder, tmp_path):
         "--out",
         tmp_path / "r.html",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert f"report: {tmp_path / 'r.html'}" in done.stdout and (tmp_path / "r.html").exists()

@@ -39,7 +39,7 @@ def test_in_an_actor_of_ray_with_threads_and_a_killed_worker():
         asked = [actor.score.remote(*row) for row in rows]
         killed = actor.kill_a_worker.remote()
         asked += [actor.score.remote(*row) for row in rows]
-        assert ray.get(killed, timeout=300) >= 1
-        assert [row["score"] for row in ray.get(asked, timeout=300)] == [1.0] * 32
+        assert ray.get(killed, timeout=600) >= 1
+        assert [row["score"] for row in ray.get(asked, timeout=600)] == [1.0] * 32
     finally:
         ray.shutdown()

@@ -89,11 +89,11 @@ def test_the_figure_has_a_panel_for_what_was_logged(logged, tmp_path):
 
 def test_the_command(logged, tmp_path):
     command = [sys.executable, "-m", "verl_krpo", "plot", f"krpo={logged[0]}", f"krpo={logged[1]}", str(logged[0])]
-    done = subprocess.run([*command, "--out", tmp_path / "curves"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--out", tmp_path / "curves"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "krpo: 2 runs, 5 steps" in done.stdout and "file: 1 run, 5 steps" in done.stdout
     assert (tmp_path / "curves.png").exists() and (tmp_path / "curves.svg").exists()
-    missing = subprocess.run([*command[:4], tmp_path / "no"], capture_output=True, text=True, timeout=60)
+    missing = subprocess.run([*command[:4], tmp_path / "no"], capture_output=True, text=True, timeout=600)
     assert missing.returncode == 2 and "metrics.jsonl" in missing.stderr and "Traceback" not in missing.stderr
 
 

@@ -114,7 +114,7 @@ def test_a_signal_reaches_the_job_and_what_it_started(tmp_path, number):
     wrapper = subprocess.Popen([sys.executable, "-m", "verl_krpo", "run", tmp_path, sys.executable, "-c", child])
     pid = int(first_line(tmp_path / "log.txt").split()[1])
     wrapper.send_signal(number)
-    assert wrapper.wait(60) in (128 + number, 1)
+    assert wrapper.wait(300) in (128 + number, 1)
     assert processes.ended(pid)
     assert json.loads((tmp_path / "attempts.jsonl").read_text().splitlines()[-1])["status"] != 0
 
@@ -137,7 +137,7 @@ SLEEPER = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(floa
 
 
 def first_line(log):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (log.exists() and log.read_text().endswith("\n")):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -151,7 +151,7 @@ def test_a_job_that_outlives_its_killed_wrapper_is_not_started_twice(tmp_path):
     wrapper.kill()
     wrapper.wait()
     before = (tmp_path / "attempts.jsonl").read_text()
-    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert again.returncode == 2 and "Traceback" not in again.stderr
     assert f"a job is still running in {tmp_path}: process {trainer} on " in again.stderr
     assert "import os, sys, time" in again.stderr  # its command

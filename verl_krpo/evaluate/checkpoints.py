@@ -23,11 +23,11 @@ from pathlib import Path
 
 import numpy as np
 
-from verl_krpo.data.boxed import last_boxed
 from verl_krpo.evaluate.pass_at_k import majority_at, pass_at, powers_of_two
 from verl_krpo.report import figure
 from verl_krpo.report.intervals import Measured, p_value, resampled
 from verl_krpo.reward import answer_tag
+from verl_krpo.reward.math import extract
 
 
 @dataclass
@@ -92,7 +92,7 @@ def _answer(entry: dict) -> str:
     if entry.get("pred") is not None:
         return str(entry["pred"])
     tagged = answer_tag.extract(entry["output"])
-    return (last_boxed(entry["output"]) if tagged is None else tagged.strip()) or ""
+    return (extract(entry["output"]) if tagged is None else tagged.strip()) or ""
 
 
 def summary(benchmark: Benchmark) -> dict[str, Measured]:
