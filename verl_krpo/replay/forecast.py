@@ -183,25 +183,18 @@ def text(rows: list[dict]) -> str:
     first = rows[0]
     head = (
         f"{first['visits']:,} visits of {first['prompts']:,} prompts that have come before, {first['dead']:.0%} of the "
-        "groups dead.\nHalf widths of 95 % intervals; log loss and Brier: lower is better.\n"
+        "groups dead.\n95 % intervals (± half of them); log loss and Brier: lower is better.\n"
     )
 
-    def half(row: dict, key: str, digits: int, sign: str = "") -> str:
-        if np.isnan(row[key]):
-            return "-"
-        return f"{row[key]:{sign}.{digits}f} ±{(row[f'{key}_high'] - row[f'{key}_low']) / 2:.{digits}f}"
+    def half(row: dict, key: str, sign: str = "") -> str:
+        return f"{row[key]:{sign}.3f} ±{(row[f'{key}_high'] - row[f'{key}_low']) / 2:.3f}"
 
-    lines = [
-        [
-            r["tracker"],
-            f"{r['log_loss']:.3f}",
-            half(r, "to_ours", 3, "+"),
-            half(r, "brier", 4),
-            half(r, "dead_foretold", 2),
-        ]
-        for r in rows
-        if r["steps_since"] == first["steps_since"]
-    ]
+    lines = []
+    for row in rows:
+        if row["steps_since"] == first["steps_since"]:
+            share = f"{row['dead_foretold']:.2f} ({row['dead_foretold_low']:.2f}-{row['dead_foretold_high']:.2f})"
+            numbers = [f"{row['log_loss']:.3f}", half(row, "to_ours", "+"), half(row, "brier")]
+            lines.append([row["tracker"], *numbers, "-" if np.isnan(row["dead_foretold"]) else share])
     ages = list(dict.fromkeys(row["steps_since"] for row in rows))
     by_age = {(row["steps_since"], row["tracker"]): f"{row['log_loss']:.3f}" for row in rows}
     table = tables.table(["tracker", "log loss", f"to {OURS}", "Brier", "dead foretold"], lines)
