@@ -121,7 +121,7 @@ def replay(
         list[str] | None, typer.Option("--krpo", metavar="KEY=VALUE", help="A key of algorithm.krpo for method krpo.")
     ] = None,
 ) -> None:
-    """Recompute the advantages of a verl job's rollouts under grpo, rloo, jspo, krpo, krpo_adaptive and krpo_memory."""
+    """What each estimator would make of recorded rollouts: grpo, rloo, krpo, krpo_adaptive, krpo_memory, jspo."""
     from tqdm import tqdm
 
     from verl_krpo.replay import page

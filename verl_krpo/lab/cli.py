@@ -62,6 +62,18 @@ def selection(out: Out, seed: Seed = 0) -> None:
 
 
 @study.command()
+def forecast(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Recorded rollouts, as verl-krpo replay reads.")],
+    out: Out,
+    seed: Seed = 0,
+) -> None:
+    """How well krpo_memory and published trackers foretell a prompt's next visit, on recorded rollouts (seconds)."""
+    from verl_krpo.replay import forecast
+
+    print(forecast.run(runs, out, seed))
+
+
+@study.command()
 def gain(out: Out) -> None:
     """The gain of KPO's filter along a response (seconds)."""
     from verl_krpo.lab.simulate import gain

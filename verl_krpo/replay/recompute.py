@@ -331,9 +331,9 @@ def _products(
     weighed = 1.0 if weights is None else weights.numpy()
 
     def sums(a: torch.Tensor, signal: torch.Tensor | None = None) -> np.ndarray:
-        a = a.numpy()
-        products = [a * factor for factor in factors] if signal is None else [signal.numpy(), 0 * a, 0 * a]
-        return np.stack([np.bincount(at, weights=product) for product in (weighed * a * a, *products)], axis=1)
+        own = a.numpy()
+        products = [own * factor for factor in factors] if signal is None else [signal.numpy(), 0 * own, 0 * own]
+        return np.stack([np.bincount(at, weights=product) for product in (weighed * own**2, *products)], axis=1)
 
     return sums
 

@@ -16,7 +16,7 @@ whether a run has weights; if so, a later one without is damaged.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -206,3 +206,13 @@ def _step(responses: list[Response], reading: Reading) -> Step:
     labels = [key if key is not None else name for key, name in zip(keys, names, strict=True)]
     lasting = None if None in names else np.array(names, dtype=object)
     return Step(responses[0].step, np.array(rewards), np.array(labels, dtype=object), lasting, weights)
+
+
+def record(path: str | Path, step: int, prompts: Sequence, rewards: Sequence[float]) -> None:
+    """Append the visits of a step to a file of neutral lines. prompts, rewards: (rows,), in any order."""
+    visits: dict[str, list[float]] = {}
+    for prompt, reward in zip(prompts, rewards, strict=True):
+        visits.setdefault(str(prompt), []).append(float(reward))
+    with open(path, "ab") as file:
+        for prompt, own in visits.items():
+            file.write(orjson.dumps({"prompt_id": prompt, "step": step, "rewards": own}) + b"\n")
