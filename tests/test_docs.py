@@ -81,7 +81,7 @@ def test_every_block_of_add_it_to_your_job_runs_in_a_users_environment(user):
     assert "algorithm.krpo.process_var = 1e-05" in said[2]
     assert "policy_loss.kpo.process_var = 1e-06" in said[3]
     assert "algorithm.krpo.order = shuffled" in said[4]
-    for value in ("measurement_var = 0.05", "baseline = leave_one_out", "kpo.process_var = 0.0001"):
+    for value in ("measurement_var = 0.05", "krpo_adaptive.scale = none", "kpo.process_var = 0.0001"):
         assert value in said[5]
 
 
