@@ -15,7 +15,7 @@ case ${1:-} in
     all) quick="not e2e" real="e2e" ;;
     ci) quick="not e2e" real="e2e and not nightly" ;;
     -*) ;;
-    *) sed -n 's/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 
 python=$(bash scripts/setup.sh dev)

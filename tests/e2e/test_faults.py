@@ -173,6 +173,7 @@ def test_a_lost_trainer_rank_ends_the_job_with_a_reason(start, tmp_path):
     assert json.loads((folder / "attempts.jsonl").read_text().splitlines()[-1])["status"] != 0
 
 
+@pytest.mark.nightly
 def test_a_llama_trains_on_two_ranks(start, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -37,6 +37,7 @@ def check(job, steps=(1, 2, 3)):
 
 
 @pytest.mark.quick
+@pytest.mark.timeout(1800)  # two jobs, one after the other
 def test_one_key_each_trains_with_krpo_and_kpo_and_goes_on(verl_job, tmp_path):
     """A plain verl command line and two keys, everything else published; their metrics beside verl's at every step."""
     keys = ["algorithm.adv_estimator=krpo", f"{ACTOR}.policy_loss.loss_mode=kpo"]
