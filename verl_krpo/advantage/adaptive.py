@@ -23,10 +23,10 @@ nor the weight of the response it is subtracted from. With sums over the other g
     R    within / within_degrees        m0   sum W_h mean_h / sum W_h
     P0   max(0, (between - between_degrees R) / spread)
 
-What divides needs no such independence, must not be small just because this group's rewards are the first that differ
-(one success in a batch would count a hundredfold), and should fluctuate little from batch to batch, nor grow as the
-policy becomes certain. So the scale takes R over all groups, this one included, without weights, and as if
-SCALE_REWARDS more rewards had been observed that vary as all of the batch do:
+What divides must not be small just because this group's rewards are the first that differ (one success in a batch would
+count a hundredfold), and should fluctuate little from batch to batch, nor shrink as the policy becomes certain. So the
+scale takes R over all groups, without weights, and as if SCALE_REWARDS more rewards had been observed that vary as all
+of the batch do. A response's own reward is one of these N: a bias of order 1/N, which scale=none has not.
 
     (within + SCALE_REWARDS var(r)) / (within_degrees + SCALE_REWARDS)
 
@@ -68,15 +68,15 @@ def krpo_adaptive(
     verl's takes; here they are given.) counted and ValueError: estimate.observe.
     """
     seen = observe(rewards, prompts, weights, counted)
-    return estimate(seen, prior(seen), settings or AdaptiveConfig())
+    return leave_one_out(seen, fitted(seen), settings or AdaptiveConfig())
 
 
-def prior(seen: Observed) -> LocalLevel:
+def fitted(seen: Observed) -> LocalLevel:
     """R, m0 and P0 of every group from the other groups, (groups,)."""
     values, weights = seen.rewards, seen.weights
     if not len(values):
         return LocalLevel(0.0, 1.0)
-    # From the mean of all groups on, which is their first reward where all are equal: exact zeros then.
+    # Deviations from the mean of all, which is exactly the first reward where all are equal.
     grand = values[0, 0] + _mean(values - values[0, 0], weights)
     others = variation(values - grand, weights, sum_of_others)
     weight, members = weights.sum(dim=1), (weights > 0).sum(dim=1).double()
@@ -89,19 +89,19 @@ def prior(seen: Observed) -> LocalLevel:
     return LocalLevel(0.0, measurement_var, init_mean, init_var)
 
 
-def estimate(seen: Observed, model: LocalLevel, settings: AdaptiveConfig) -> Estimate:
+def leave_one_out(seen: Observed, model: LocalLevel, settings: AdaptiveConfig) -> Estimate:
     """Baseline and advantages, given R, m0 and P0 of every group."""
     values, weights = seen.rewards, seen.weights
     _, measurement_var, init_mean, init_var = (x[:, None] for x in model.columns(len(values), values.device))
     deviations = values - init_mean
     precision = measurement_var / init_var + sum_of_others(weights, dim=1)  # in units of R; 0 if nothing is known
     known = precision > 0
-    mean = torch.where(known, sum_of_others(weights * deviations, dim=1) / precision, 0.0)
+    state = torch.where(known, sum_of_others(weights * deviations, dim=1) / precision, 0.0)  # less m0
     var = torch.where(known, measurement_var / precision, torch.inf)
-    error = torch.where(known, deviations - mean, 0.0)
+    error = torch.where(known, deviations - state, 0.0)
     batch_var = scale_var(seen)
     scale = (var + batch_var).sqrt() + EPSILON if settings.scale == AdaptiveScale.model else 1.0
-    return Estimate(*seen[:3], model, float(batch_var), init_mean + mean, var, error / scale)
+    return Estimate(seen.groups, values, weights, model, float(batch_var), init_mean + state, var, error / scale)
 
 
 def scale_var(seen: Observed) -> torch.Tensor:

@@ -30,16 +30,16 @@ class Estimate(NamedTuple):
     Attributes:
         groups: which row is where
         rewards, weights: as observed
-        model: Q, R, m0 and P0 that were used, numbers or (groups,)
-        scale_var: R as it enters the scale, a number (NaN without a model)
-        baseline, baseline_var: b and its variance V under the model (NaN where there is no model)
+        model: Q, R, m0 and P0 that were used, numbers or (groups,); None for a baseline without a model
+        scale_var: R as it enters the scale; NaN without a model
+        baseline, baseline_var: b and its variance V under the model; V is NaN without one
         advantage: A = (r - b) / scale
     """
 
     groups: Groups
     rewards: torch.Tensor
     weights: torch.Tensor
-    model: LocalLevel
+    model: LocalLevel | None
     scale_var: float
     baseline: torch.Tensor
     baseline_var: torch.Tensor

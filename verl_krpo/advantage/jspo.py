@@ -14,7 +14,6 @@ import torch
 from verl_krpo.advantage.estimate import Estimate, observe
 from verl_krpo.advantage.groups import Groups, moments, sum_of_others
 from verl_krpo.config import JspoConfig
-from verl_krpo.kalman import LocalLevel
 
 
 def jspo(
@@ -26,12 +25,14 @@ def jspo(
 ) -> Estimate:
     """Advantages r - b of rewards (rows,) whose prompt ids are `prompts` (rows,), in any order.
 
-    settings, weights: jspo has none. counted and ValueError: estimate.observe. No model: its numbers are NaN.
+    settings, weights: jspo has none. counted and ValueError: estimate.observe.
     """
     seen = observe(rewards, prompts, weights, counted)
     baseline = _baseline(seen.rewards, seen.groups)
     unknown = torch.full_like(baseline, torch.nan)
-    return Estimate(*seen[:3], LocalLevel(0.0, 1.0), torch.nan, baseline, unknown, seen.rewards - baseline)
+    return Estimate(
+        seen.groups, seen.rewards, seen.weights, None, torch.nan, baseline, unknown, seen.rewards - baseline
+    )
 
 
 def _baseline(values: torch.Tensor, groups: Groups) -> torch.Tensor:

@@ -67,7 +67,8 @@ def krpo(
         mean, var = (x[:, None].expand_as(values) for x in (mean, var))
     advantage = (deviations - mean) / _scale(settings, seen, var)
     model = LocalLevel(settings.process_var, settings.measurement_var, settings.init_mean, settings.init_var)
-    return Estimate(*seen[:3], model, settings.measurement_var, settings.init_mean + mean, var, advantage)
+    baseline = settings.init_mean + mean
+    return Estimate(groups, values, seen.weights, model, settings.measurement_var, baseline, var, advantage)
 
 
 def _scale(settings: KrpoConfig, seen: Observed, var: torch.Tensor) -> torch.Tensor | float:

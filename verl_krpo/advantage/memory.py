@@ -196,8 +196,8 @@ def krpo_memory(
     if step < memory.step:
         raise ValueError(f"krpo's memory has observed step {memory.step}: it cannot go back to step {step}")
     seen = observe(rewards, prompts, weights, counted)
-    prior, after = (adaptive.prior(seen), memory) if not len(seen.rewards) else _visit(memory, seen, settings, step)
-    return adaptive.estimate(seen, prior, settings), after
+    prior, after = (adaptive.fitted(seen), memory) if not len(seen.rewards) else _visit(memory, seen, settings, step)
+    return adaptive.leave_one_out(seen, prior, settings), after
 
 
 def _visit(memory: PromptMemory, seen: Observed, settings: MemoryConfig, step: int) -> tuple[LocalLevel, PromptMemory]:
@@ -224,7 +224,7 @@ def _visit(memory: PromptMemory, seen: Observed, settings: MemoryConfig, step: i
     learned = memory.model(memory_var)
     model = learned or replace(memory, moments=all_moments(squares)).model(memory_var)
     if model is None:
-        return adaptive.prior(seen), replace(memory, moments=all_moments(squares), step=step, unit=seen.unit)
+        return adaptive.fitted(seen), replace(memory, moments=all_moments(squares), step=step, unit=seen.unit)
     _, measurement_var, _, init_var = model.numbers()
     deviation, var = visits.predict(memory.ratio(memory_var, init_var), init_var)
     noise = measurement_var / weight  # inf where no weight is
@@ -252,7 +252,7 @@ def _visit(memory: PromptMemory, seen: Observed, settings: MemoryConfig, step: i
         evidence=evidence,
     )
     if not learned:
-        return adaptive.prior(seen), after
+        return adaptive.fitted(seen), after
     mean = level + rise_by_others + deviation
     return LocalLevel(0.0, measurement_var / unit, mean.to(seen.rewards.device), var.to(seen.rewards.device)), after
 

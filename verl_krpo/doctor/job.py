@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from verl_krpo.advantage import ESTIMATORS, settings_of
-from verl_krpo.config import KPO_AT, KpoConfig, KrpoConfig, MemoryConfig, Weight, read
+from verl_krpo.config import KPO_AT, AdaptiveConfig, JspoConfig, KpoConfig, KrpoConfig, MemoryConfig, Weight, read
 from verl_krpo.doctor import data
 from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
 
@@ -121,8 +121,13 @@ def _weighs(settings: Any) -> bool:
 
 
 def _filters(settings: Any) -> bool:
-    """krpo, which knows the prompt's own group alone; the others' baselines are fitted to the batch that they see."""
+    """Its baseline knows the prompt's own group alone."""
     return isinstance(settings, KrpoConfig)
+
+
+def _shrinks(settings: Any) -> bool:
+    """Its baseline is fitted to the prompts of the batch that it sees."""
+    return isinstance(settings, AdaptiveConfig | JspoConfig)
 
 
 OF_ESTIMATORS = (
@@ -132,7 +137,7 @@ OF_ESTIMATORS = (
         "{value}: a group of one is compared with the prior mean only; use n >= 4, or +algorithm=krpo_memory",
     ),
     Caveat(
-        lambda c, own: c.actor_rollout_ref.rollout.n == 1 and not _filters(own) and not _remembers(own),
+        lambda c, own: c.actor_rollout_ref.rollout.n == 1 and _shrinks(own) and not _remembers(own),
         f"{ROLLOUT}.n", "note",
         "{value}: compared with the other prompts of the batch; +algorithm=krpo_memory adds the prompt's own past",
     ),
@@ -162,11 +167,11 @@ OF_ESTIMATORS = (
         f"{ROLLOUT}.multi_turn", "note", "a session counts once, by its final output; tool tokens are masked",
     ),
     Caveat(
-        lambda c, own: OmegaConf.select(c, "algorithm.filter_groups.enable") and _filters(own),
+        lambda c, own: OmegaConf.select(c, "algorithm.filter_groups.enable") and not _shrinks(own),
         "algorithm.filter_groups", "note", "groups of equal rewards are dropped before krpo sees them",
     ),
     Caveat(
-        lambda c, own: OmegaConf.select(c, "algorithm.filter_groups.enable") and not _filters(own),
+        lambda c, own: OmegaConf.select(c, "algorithm.filter_groups.enable") and _shrinks(own),
         "algorithm.filter_groups.enable", "warning",
         "{value}: the groups it drops are what shrinking gains from; with it this is no better than rloo and weighs "
         "easy and hard prompts less. Set it to false, or algorithm.adv_estimator=rloo",
@@ -232,7 +237,7 @@ def _recurrence(config: DictConfig, estimator: Any) -> list[Finding]:
     text = f"{rows} prompts, {batch} a step, {steps} steps: a prompt comes {steps * batch / rows:.3g} times"
     often = steps * batch >= 2 * rows
     if not _remembers(estimator):
-        if not often or _filters(estimator):
+        if not often or not _shrinks(estimator):
             return []
         return [Finding("data.train_files", "note", f"{text}; +algorithm=krpo_memory remembers it", section=SECTION)]
     status = "note" if often else "warning"

@@ -1,4 +1,4 @@
-"""What verl loads: krpo and kpo in its registries and config groups. What it has no door for is in hooks.py.
+"""What verl loads: our estimators and kpo in its registries and config groups. What it has no door for is in hooks.py.
 
 verl 0.9 imports this package through the entry point group `verl.plugins` in every process that imports verl; older
 versions through `VERL_USE_EXTERNAL_MODULES=verl_krpo.plugin`. verl logs a failing plugin at DEBUG only, so a failure
@@ -6,14 +6,13 @@ is printed here before it is raised again. Everything else happens when the modu
 not by us: what verl may never need (its registries cost a second) is not loaded for our sake.
 """
 
-import functools
 import sys
 import traceback
 from types import ModuleType
 
 
 def register() -> None:
-    """Put `krpo` and `kpo` into verl's registries and config groups. Calling it again changes nothing."""
+    """Put our estimators and `kpo` into verl's registries and config groups. Calling it again changes nothing."""
     import wrapt
 
     from verl_krpo.backends import on_cpu
@@ -30,12 +29,10 @@ def register() -> None:
 
 
 def _register_methods(core_algos: ModuleType) -> None:
-    from verl_krpo.advantage import ESTIMATORS
     from verl_krpo.plugin import estimator, loss
 
-    for name in ESTIMATORS:
-        named = functools.partial(estimator.compute_advantage, name)
-        core_algos.register_adv_est(name)(functools.update_wrapper(named, estimator.compute_advantage))
+    for name, function in estimator.BY_NAME.items():
+        core_algos.register_adv_est(name)(function)
     core_algos.register_policy_loss("kpo")(loss.compute_policy_loss)
 
 

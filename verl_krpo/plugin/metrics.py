@@ -21,7 +21,7 @@ where the trainer has log-probs, with w_i = sum over the tokens of (1 - pi_t)^2 
                                          RLOO = 1; left out where b_i knows r_i (causal, posterior, smoothed)
     krpo/gradient_var_over_none          the same with b_i = 0
 
-but for jspo, which has no model,
+where the estimator has a model (jspo has none),
 
     krpo/gain_first, krpo/gain_last      mean over the groups of the filter's K_1, near 1 where the first reward
                                          overrides the prior, and K_n, near 1/n where nothing is forgotten
@@ -43,7 +43,6 @@ Only counted rows enter. Several estimates within one step (the last 16) are ave
 summed, and of `group_size_min` the smallest is kept. Nothing is computed before a log asks for it.
 """
 
-import math
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -53,7 +52,7 @@ from verl_krpo.advantage.estimate import Estimate
 from verl_krpo.advantage.groups import sum_of_others
 from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.config import Baseline, KrpoConfig, MemoryConfig
-from verl_krpo.kalman import innovations
+from verl_krpo.kalman import LocalLevel, innovations
 
 _MERGE = {"krpo/groups": sum, "krpo/singletons": sum, "krpo/group_size_min": min}
 
@@ -101,8 +100,8 @@ def scalars(
     own = isinstance(settings, KrpoConfig) and settings.baseline not in (Baseline.predicted, Baseline.leave_one_out)
     if scores is not None:
         result |= _gradient(estimate, groups.gather(scores), own)
-    if not math.isnan(estimate.scale_var):
-        result |= _model(estimate, visit, settings)
+    if estimate.model is not None:
+        result |= _model(estimate, estimate.model, visit, settings)
     return result
 
 
@@ -123,11 +122,11 @@ def _gradient(estimate: Estimate, scores: torch.Tensor, own: bool) -> dict[str, 
     return result
 
 
-def _model(estimate: Estimate, visit: Visit | None, settings: Any) -> dict[str, float]:
+def _model(estimate: Estimate, model: LocalLevel, visit: Visit | None, settings: Any) -> dict[str, float]:
     """How well the model fits, and the parameters that were used."""
     groups, weights = estimate.groups, estimate.weights
-    _, measurement_var, init_mean, init_var = estimate.model.columns(len(groups.labels), weights.device)
-    innovation, var = innovations(estimate.rewards, groups.mask, estimate.model, weights)
+    _, measurement_var, init_mean, init_var = model.columns(len(groups.labels), weights.device)
+    innovation, var = innovations(estimate.rewards, groups.mask, model, weights)
     noise_var = measurement_var[:, None] / weights
     gain = torch.where(noise_var.isfinite(), 1 - noise_var / var, 0.0)
     last = (groups.sizes - 1)[:, None]
