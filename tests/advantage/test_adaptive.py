@@ -149,7 +149,7 @@ def test_two_answers_have_their_best_baseline_at_one_minus_p():
 
 small_reward = st.sampled_from([0.0, 0.01, 0.5, 1.0]) | st.integers(-64, 64).map(lambda k: k / 16)
 groups_of_rewards = st.lists(st.lists(small_reward, min_size=1, max_size=7), min_size=1, max_size=6)
-weight = st.sampled_from([0.0, 1e-9, 0.1, 1.0, 7.5])
+weight = st.sampled_from([0.0, 1e-3, 0.1, 1.0, 7.5])
 
 
 def flat(groups):
