@@ -1,6 +1,7 @@
 """forecast: the trackers' formulas, the scores, and runs whose chances are known."""
 
 import csv
+import json
 import subprocess
 import sys
 
@@ -81,6 +82,9 @@ def test_dps_moves_by_the_counts_of_what_it_has_seen():
     assert mean.item() == pytest.approx(expected[1] / 2 + expected[2])
     assert var.item() == pytest.approx(expected[1] / 4 + expected[2] - mean.item() ** 2)
 
+    far = [np.array(tracker.predict(ONE, step)).ravel() for step in (70, 71, 10**6)]  # equally likely states
+    assert np.array(far) == pytest.approx(np.array([[1 / 2, 1 / 6]] * 3))
+
 
 def test_the_memory_is_krpo_memorys_and_a_sure_level_stays():
     rng = np.random.default_rng(0)
@@ -147,6 +151,30 @@ def test_steps_that_go_back_and_damaged_lines_are_refused(tmp_path):
         forecast.read(path)
     path.write_text("{")
     with pytest.raises(ValueError, match="1 damaged lines, the first .*run.jsonl:1: no JSON"):
+        forecast.read(path)
+
+
+def test_verls_dumps_are_read_by_their_prompts_text(tmp_path):
+    rows = [
+        {
+            "input": f"prompt {g}",
+            "output": "x",
+            "gts": "1",
+            "score": float(k > g),
+            "step": step,
+            "uid": f"{step}{g}_{k}_0",
+        }
+        for step in (1, 2)
+        for g in range(2)
+        for k in range(3)
+    ]
+    path = tmp_path / "1.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, other = forecast.read(path)
+    assert (one.prompts.tolist(), one.right.tolist(), one.total.tolist()) == ([0, 1], [2, 1], [3, 3])
+    assert other.prompts.tolist() == [0, 1]
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "input"}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="no prompt is known again"):
         forecast.read(path)
 
 

@@ -28,7 +28,7 @@ from verl_krpo.report import figure, intervals, tables
 CHANCES = 0.01, 0.99
 SURENESS = 1.0, 1e6  # responses
 PRECISION = 0.95
-RESAMPLES = 400  # of prompts
+RESAMPLES = 200  # of prompts
 FEWEST = 16  # prompts, for an age to have a row
 AGES = {"all": (1, np.inf), "1": (1, 2), "2 to 4": (2, 5), "5 to 19": (5, 20), "20 on": (20, np.inf)}
 OURS = next(iter(TRACKERS))
@@ -125,11 +125,12 @@ def foretold(claim: np.ndarray, dead: np.ndarray) -> Callable[[np.ndarray], floa
     claim: (visits,), the larger the sooner a group is named; equal ones together. NaN where none is dead.
     """
     order = np.argsort(-claim, kind="stable")
+    dead = dead[order]
     ends = np.flatnonzero(np.diff(claim[order], append=np.nan))
 
     def share(weights: np.ndarray) -> float:
         weights = weights[order]
-        hits, named = (weights * dead[order]).cumsum()[ends], weights.cumsum()[ends]
+        hits, named = (weights * dead).cumsum()[ends], weights.cumsum()[ends]
         return hits[hits >= PRECISION * named].max(initial=0.0) / hits[-1] if len(ends) and hits[-1] else np.nan
 
     return share

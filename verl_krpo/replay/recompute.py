@@ -216,7 +216,7 @@ def _by_group_mean(
 
 
 def replay(
-    where: str | Path, settings: KrpoConfig | None = None, advance: Callable[[int], None] = lambda count: None
+    where: str | Path, settings: KrpoConfig | None = None, advance: Callable[[int], object] = lambda count: None
 ) -> Replay:
     """Read the rollouts at `where` (a folder or a file) under every method; `settings`: those of `krpo`."""
     settings = settings or KrpoConfig()

@@ -88,7 +88,7 @@ def files(where: str | Path) -> list[Path]:
     return dumps
 
 
-def steps(where: str | Path, reading: Reading, advance: Callable[[int], None] = lambda count: None) -> Iterator[Step]:
+def steps(where: str | Path, reading: Reading, advance: Callable[[int], object] = lambda count: None) -> Iterator[Step]:
     """Steps in the order of the files; a step ends where `step` changes or the file does. `advance` gets the bytes.
 
     A line that is none of the above, or has a number that is not finite, is counted and named in `reading`, and left

@@ -98,6 +98,7 @@ class DPS:
     """
 
     KEEP = 0.7
+    LONG = 64  # steps, after which nothing is left of what was seen: KEEP^LONG is 1e-10
 
     def __init__(self, count: int):
         self.moves, self.states = np.ones((count, 3, 3)), np.full((count, 3), 1 / 3)
@@ -107,7 +108,7 @@ class DPS:
         """C and pi of the step before `step`."""
         moves, states = self.moves[prompts], self.states[prompts]
         unseen = np.where(self.at[prompts] > 0, step - 1 - self.at[prompts], 0)
-        for passed in range(unseen.max(initial=0)):
+        for passed in range(min(self.LONG, unseen.max(initial=0))):
             on = unseen > passed
             moves[on], states[on] = self.KEEP * moves[on] + 1 - self.KEEP, _moved(moves[on], states[on])
         return moves, states
