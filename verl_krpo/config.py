@@ -171,6 +171,9 @@ class JspoConfig:
 class KpoConfig:
     """`actor_rollout_ref.actor.policy_loss.kpo.*`, the policy loss (arXiv 2602.10609).
 
+    The defaults are published. gain=steady, innovation_clip and measurement_var=batch are rivals to compare with, no
+    recommendation: docs/kpo.md has their figures.
+
     Attributes:
         process_var: Q >= 0, variance of the log-ratio's drift from token to token; with measurement_var=batch the
             smallest Q/R
