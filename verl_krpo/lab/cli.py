@@ -81,6 +81,19 @@ def gain(out: Out) -> None:
     print(gain.run(out))
 
 
+Models = Annotated[Path, typer.Option(help="Folder of the warm-started models; what is missing is made there.")]
+MODELS = Path("runs/model")
+
+
+def prepare(models: Path, condition: str) -> None:
+    """Build the model of a condition's task, where it is missing."""
+    from verl_krpo.lab.train.conditions import CONDITIONS
+    from verl_krpo.lab.train.tasks import TASKS
+
+    task = TASKS[CONDITIONS[condition].task]
+    task.build(models / task.folder)
+
+
 @study.command()
 def training(
     out: Out,
@@ -90,57 +103,58 @@ def training(
     ] = "rloo,grpo,jspo,krpo,krpo_adaptive",
     seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 20,
     first_seed: int = 0,
-    model: Annotated[Path, typer.Option(help="The tiny model, made there if it is not.")] = Path("runs/model/tiny"),
+    models: Models = MODELS,
     jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
-    other: Annotated[str, typer.Option(help="A method to compare all with, besides RLOO.")] = "grpo",
+    other: Annotated[str, typer.Option(help="A method to compare all with, besides RLOO or REINFORCE.")] = "grpo",
 ) -> None:
-    """Train the tiny model under every method, on paired seeds; what is in OUT/runs.csv is not run again."""
-    from verl_krpo.lab.train import on_policy, study
-    from verl_krpo.tiny_model import build
+    """Train a tiny model under every method, on paired seeds; what is in OUT/runs.csv is not run again."""
+    import functools
+
+    from verl_krpo.lab.train import loop, study
 
     chosen = range(first_seed, first_seed + seeds)
-    tasks = study.tasks(on_policy.CONDITIONS, conditions.split(","), on_policy.METHODS, methods.split(","), chosen)
-    print(study.study(out, on_policy.run, tasks, model, build, jobs, other))
-
-
-@study.command()
-def gradient(
-    out: Out,
-    condition: Annotated[str, typer.Option(help="A name from lab/train/conditions.py.")] = "pairs",
-    batches: Annotated[int, typer.Option(help="For each checkpoint; 2 MB of memory each and method.")] = 100,
-    model: Annotated[Path, typer.Option(help="The tiny model, made there if it is not.")] = Path("runs/model/tiny"),
-) -> None:
-    """Signal-to-noise of the tiny model's own policy gradient, early, midway and late in training (minutes)."""
-    from verl_krpo.lab.train import gradient
-    from verl_krpo.tiny_model import build
-
-    build(model)
-    print(gradient.run(out, model, condition, batches))
+    tasks = study.tasks(loop.CONDITIONS, conditions.split(","), loop.METHODS, methods.split(","), chosen)
+    print(study.study(out, loop.run, tasks, models, functools.partial(prepare, models), jobs, other))
 
 
 @study.command()
 def off_policy(
     out: Out,
-    condition: Annotated[str, typer.Option(help="A name from lab/train/off_policy.py.")] = "calm",
+    condition: Annotated[str, typer.Option(help="calm, harsh, calm_long or harsh_long.")] = "calm",
     methods: Annotated[
-        str, typer.Option(help="Names from lab/train/off_policy.py.")
+        str, typer.Option(help="Names from lab/train/losses.py.")
     ] = "reinforce,vanilla,gspo,kpo,kpo_Q0.001_clip0.02",
     seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 10,
     first_seed: int = 0,
-    model: Annotated[Path, typer.Option(help="Warm-started models, made there if they are not.")] = Path("runs/model"),
+    models: Models = MODELS,
     jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
     other: Annotated[str, typer.Option(help="A loss to compare all with, besides REINFORCE.")] = "vanilla",
 ) -> None:
-    """Policy losses on long answers with many updates a batch; what is in OUT/runs.csv is not run again."""
-    from verl_krpo.lab.train import off_policy, study
+    """The same for policy losses on long answers, with many updates a batch."""
+    training(out, condition, methods, seeds, first_seed, models, jobs, other)
 
-    tasks = study.tasks(
-        off_policy.CONDITIONS,
-        [condition],
-        off_policy.METHODS,
-        methods.split(","),
-        range(first_seed, first_seed + seeds),
-    )
-    length = off_policy.CONDITIONS[condition].length
-    folder = model / f"digits_{length}"
-    print(study.study(out, off_policy.run, tasks, folder, lambda path: off_policy.build(path, length), jobs, other))
+
+@study.command()
+def gradient(
+    out: Out,
+    conditions: Annotated[
+        str, typer.Option(help="Names from lab/train/conditions.py.")
+    ] = "pairs,eights,learn_pairs,learn_eights",
+    pretrained: Annotated[
+        Path | None, typer.Option(help="A folder that scripts/pretrained_cpu.py made, in the place of conditions.")
+    ] = None,
+    batches: Annotated[int, typer.Option(help="For each model; 0.3 MB on disk each and method.")] = 100,
+    models: Models = MODELS,
+    parts: Annotated[Path, typer.Option(help="Gradients that are there are not computed again.")] = Path(
+        "runs/gradient"
+    ),
+) -> None:
+    """Signal and variance of real policy gradients, of tiny models in training or of a pretrained one."""
+    from verl_krpo.lab.train import gradient
+
+    if pretrained:
+        print(gradient.run(out, [gradient.of_pretrained(pretrained)], batches, gradient.OF_PRETRAINED, parts))
+        return
+    for condition in conditions.split(","):
+        prepare(models, condition)
+        print(gradient.run(out, gradient.of_training(models, condition), batches, gradient.SHOWN, parts), flush=True)

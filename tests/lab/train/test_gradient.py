@@ -1,42 +1,108 @@
-"""The signal-to-noise ratio of real gradients: its formula by hand, and a tiny measurement."""
+"""Signal and variance of real gradients: their formulas by hand, sketches, and tiny measurements."""
+
+import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from verl_krpo import tiny_model
-from verl_krpo.lab.train import conditions, gradient, on_policy
+from verl_krpo.data import parquet
+from verl_krpo.lab.train import conditions, gradient, loop, methods, study
 from verl_krpo.lab.train.conditions import Condition
 
 
-def test_signal_to_noise_of_vectors_drawn_from_a_known_law():
-    """g = mu + e: |mu|^2 / tr Var e, unbiased signal; and the interval holds it."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models")
+    tokenizer = tiny_model.tokenizer()
+    model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=0)
+    tiny_model.warm_start(model, tokenizer, steps=60, seed=0, batch_size=16)
+    model.save_pretrained(path / "tiny")
+    tokenizer.save_pretrained(path / "tiny")
+    return path
+
+
+@pytest.fixture
+def subjects(models, monkeypatch):
+    monkeypatch.setitem(conditions.CONDITIONS, "small", Condition("small", prompts=6, size=2, steps=2))
+    return gradient.of_training(models, "small")
+
+
+def test_signal_and_variance_of_vectors_drawn_from_a_known_law():
+    """g = mu + e: |mu|^2 and tr Var e."""
     generator = np.random.default_rng(0)
     mean, batches, dimension = np.full(50, 0.2), 2000, 50
     drawn = mean + generator.normal(size=(batches, dimension))
-    found = gradient.snr(drawn @ drawn.T, np.full((1, batches), 1 / batches))
-    assert found == pytest.approx([mean @ mean / dimension], rel=0.1)
+    signal, variance = gradient.signal_and_variance(drawn @ drawn.T, np.full((1, batches), 1 / batches))
+    assert signal == pytest.approx([mean @ mean], rel=0.1) and variance == pytest.approx([dimension], rel=0.02)
 
 
 def test_two_batches_by_hand():
     products = np.array([[2.0, 0.5], [0.5, 4.0]])
-    assert gradient.snr(products, np.array([[0.5, 0.5]])) == pytest.approx([0.5 / (3 - 0.5)])
+    signal, variance = gradient.signal_and_variance(products, np.array([[0.5, 0.5]]))
+    assert signal == pytest.approx([0.5]) and variance == pytest.approx([3 - 0.5])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # a resample of three batches may hold one of them alone
-def test_every_method_sees_the_same_batches(tmp_path, monkeypatch):
-    tokenizer = tiny_model.tokenizer()
-    model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=0)
-    tiny_model.warm_start(model, tokenizer, steps=60, seed=0, batch_size=16)
-    model.save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    monkeypatch.setitem(conditions.CONDITIONS, "small", Condition("small", prompts=6, size=2, steps=2))
-    monkeypatch.setattr(gradient, "CHECKPOINTS", (0, 2))
-    text = gradient.run(tmp_path, tmp_path / "tiny", "small", batches=3)
-    assert len(text.splitlines()) == 2 + 2 * len(gradient.SHOWN)
-    first = on_policy.start(tmp_path / "tiny")
-    found = gradient.gradients(first, first.model, on_policy.CONDITIONS["small"], 2, seed=5)
-    assert all(g.isfinite().all() and g.shape == found["rloo"].shape for g in found.values())
-    assert not torch.equal(found["rloo"], found["krpo"])
-    again = gradient.gradients(first, first.model, on_policy.CONDITIONS["small"], 2, seed=5)
-    assert torch.equal(found["rloo"], again["rloo"])
+def test_a_sketch_keeps_inner_products():
+    generator = torch.Generator().manual_seed(0)
+    one, two = torch.randn(2, 3 * gradient.SKETCH + 5, generator=generator)
+    two = two + one / 2
+    parts = [one[:7].view(1, 7), one[7:]]
+    products = gradient.sketch(parts) @ gradient.sketch([two])
+    error = 5 * one.norm() * two.norm() / gradient.SKETCH**0.5
+    assert abs(products - one @ two) < error < one @ two / 2
+    assert gradient.sketch(parts) @ gradient.sketch(parts) == pytest.approx(float(one @ one), rel=0.03)
+
+
+def test_exact_weights_are_the_square_of_the_score(subjects):
+    """By autograd, with respect to the logits of every token."""
+    batch = next(subjects).batch(0)
+    owner = torch.from_numpy(batch.owners)
+    log_softmax = loop.log_softmax(batch.first, batch.prompts, batch.responses, owner).detach()
+    logits = log_softmax.double().requires_grad_()
+    log_prob = logits.log_softmax(-1).gather(-1, batch.responses[..., None])[..., 0]
+    (score,) = torch.autograd.grad((log_prob * batch.mask).sum(), logits)
+    expected = score.square().sum((1, 2))
+    torch.testing.assert_close(methods.exact_weights(batch), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_that_is_there_is_not_computed_again(subjects, tmp_path):
+    subject = next(subjects)
+    found = gradient.collect(subject, 2, ("rloo", "none"), tmp_path)
+    assert not np.array_equal(found["rloo"], found["none"]) and found["reward"].shape == (2,)
+    again = gradient.collect(subject._replace(batch=None), 2, ("none",), tmp_path)  # which cannot be called
+    np.testing.assert_array_equal(again["none"], found["none"])
+    more = gradient.collect(subject, 2, ("none", "otb"), tmp_path)
+    assert np.array_equal(more["none"], found["none"]) and more["otb"].shape == found["none"].shape
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:divide by zero")  # a resample may hold one batch alone
+def test_a_study_has_a_table_a_checkpoint(subjects, tmp_path):
+    shown = ("rloo", "otb", "krpo_adaptive_score")
+    text = gradient.run(tmp_path / "out", subjects, 3, shown, tmp_path / "parts")
+    names = [f"small_{steps}" for steps in (0, 1, 2)]
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == sorted(f"{name}.{kind}" for name in names for kind in ("csv", "md"))
+    assert text.count("krpo_adaptive_score") == 3 and text.count("small_1") == len(shown)
+    rows = study.finished(tmp_path / "out" / "small_2.csv")
+    assert gradient.as_table(rows) + "\n" == (tmp_path / "out" / "small_2.md").read_text()
+    rloo = next(row for row in rows if row["method"] == "rloo")
+    assert float(rloo["snr_to_rloo"]) == float(rloo["variance_to_rloo"]) == 1
+
+
+def test_a_pretrained_model_by_its_folder(models, tmp_path):
+    """The tiny model in its place: prompts of the most frequent length, rewards of the mathematics reward."""
+    shutil.copytree(models / "tiny", tmp_path / "model")
+    rows = [parquet.row("sums", question, "7", "train", 0) for question in ("3+4", "1+6", "2+5", "10-3")]
+    (tmp_path / "data").mkdir()
+    pd.DataFrame(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    subject = gradient.of_pretrained(tmp_path, prompts=3, size=2)
+    batch = subject.batch(0)
+    assert batch.prompts.shape[0] == 3 and batch.rewards.shape == (3, 2) and sorted(batch.keys) == ["0", "1", "2"]
+    assert torch.equal(batch.responses, subject.batch(0).responses)
+    found = gradient.collect(subject, 2, ("rloo", "none"), tmp_path / "parts")
+    assert np.isfinite(found["none"]).all()
+    embedding = subject.model.get_input_embeddings().weight
+    assert not embedding.requires_grad and all(parameter is not embedding for parameter in subject.parameters)

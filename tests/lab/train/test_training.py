@@ -13,24 +13,39 @@ import torch
 from rich.console import Console
 
 from verl_krpo import tiny_model
-from verl_krpo.lab.train import conditions, gradient, on_policy, results, study
+from verl_krpo.lab.train import conditions, loop, results, study
 from verl_krpo.lab.train.conditions import NOISES, Condition
-from verl_krpo.lab.train.methods import METHODS, Batch
+from verl_krpo.lab.train.methods import ESTIMATES, METHODS, Batch, Method
+from verl_krpo.lab.train.tasks import TASKS
 from verl_krpo.runs import curves
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A tiny model that knows the form of an answer and few sums."""
-    path = tmp_path_factory.mktemp("lab") / "tiny"
+def models(tmp_path_factory):
+    """A tiny model that knows the form of an answer and few sums, as that of `sharpen`."""
+    path = tmp_path_factory.mktemp("models")
     tokenizer = tiny_model.tokenizer()
     model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=0)
     tiny_model.warm_start(model, tokenizer, steps=100, seed=0, batch_size=16)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    model.save_pretrained(path / "tiny")
+    tokenizer.save_pretrained(path / "tiny")
     return path
+
+
+@pytest.fixture(scope="module")
+def first(models):
+    return loop.start(models, "sharpen")
+
+
+def sums(seed, count, held_out=False):
+    return TASKS["sharpen"].draw(random.Random(seed), count, held_out)
+
+
+def sample(first, prompts, size):
+    end, pad = first.tokenizer.eos_token_id, first.tokenizer.pad_token_id
+    return loop.sample(first.model, prompts, size, end, pad, torch.Generator().manual_seed(0), first.task.max_tokens)
 
 
 @pytest.fixture
@@ -39,41 +54,45 @@ def condition(monkeypatch):
     return lambda name, **fields: monkeypatch.setitem(conditions.CONDITIONS, name, Condition(name, **fields))
 
 
-def test_log_probs_are_those_of_whole_sequences(model):
-    first = on_policy.start(model)
-    prompts = first.encode(on_policy.sums(random.Random(1), 3))
-    generator = torch.Generator().manual_seed(0)
-    responses, mask, *_ = on_policy.sample(first.model, prompts, 2, first.tokenizer.eos_token_id, 0, generator)
+def test_log_probs_are_those_of_whole_sequences(first):
+    prompts = first.encode(sums(1, 3))
+    responses, mask, sampled, sum_squares = sample(first, prompts, 2)
     owner = torch.tensor([0, 0, 1, 1, 2, 2])
     with torch.no_grad():
-        found = on_policy.log_probs(first.model, prompts, responses, owner)
-        whole = first.model(torch.cat([prompts[owner], responses], 1)).logits.log_softmax(-1)
-    expected = whole[:, prompts.shape[1] - 1 : -1].gather(-1, responses[..., None])[..., 0]
-    torch.testing.assert_close(found[mask], expected[mask], rtol=1e-4, atol=1e-4)
+        found = loop.log_probs(first.model, prompts, responses, owner)
+        whole = first.model(torch.cat([prompts[owner], responses], 1)).logits.log_softmax(-1)[
+            :, prompts.shape[1] - 1 : -1
+        ]
+    expected = whole.gather(-1, responses[..., None])[..., 0]
+    for log_probs in (found, sampled):
+        torch.testing.assert_close(log_probs[mask], expected[mask], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sum_squares[mask], whole.exp().square().sum(-1)[mask], rtol=1e-4, atol=1e-6)
     for row, seen in zip(responses.tolist(), mask.sum(1).tolist(), strict=True):
         assert first.tokenizer.eos_token_id not in row[: seen - 1]
         assert seen == mask.shape[1] or row[seen - 1] == first.tokenizer.eos_token_id
 
 
-def test_tokens_are_sampled_from_the_model(model):
-    first = on_policy.start(model)
-    prompts, count = first.encode(on_policy.sums(random.Random(2), 1)), 1000
-    generator = torch.Generator().manual_seed(0)
-    responses, *_ = on_policy.sample(first.model, prompts, count, first.tokenizer.eos_token_id, 0, generator)
+def test_tokens_are_sampled_from_the_model(first):
+    prompts, count = first.encode(sums(2, 1)), 1000
+    responses, *_ = sample(first, prompts, count)
     with torch.no_grad():
         probability = first.model(prompts).logits[0, -1].softmax(-1)
     share = torch.bincount(responses[:, 0], minlength=len(probability)) / count
     assert ((share - probability).abs() <= 5 * (probability * (1 - probability) / count).sqrt() + 1e-3).all()
 
 
-def test_accuracy_is_what_sampling_finds(model):
-    first = on_policy.start(model)
-    problems = on_policy.sums(random.Random(0), on_policy.HELD_OUT, held_out=True)
-    generator = torch.Generator().manual_seed(0)
-    responses, *_ = on_policy.sample(first.model, first.encode(problems), 8, first.tokenizer.eos_token_id, 0, generator)
-    right = (on_policy.scores(first.tokenizer, responses, problems, 8) == 1).double()
-    expected = on_policy.accuracy(first.model, first.held_out)
-    assert abs(right.mean().item() - expected) < 5 * (expected / right.numel()) ** 0.5 + 0.002
+def test_what_a_model_is_worth_is_what_sampling_finds(first):
+    problems = sums(0, loop.HELD_OUT, held_out=True)
+    responses, *_ = sample(first, first.encode(problems), 8)
+    right = (loop.scores(first, responses, problems, 8) == 1).double()
+    worth = loop.look(first.model, first.held_out)
+    for found, expected in ((right, worth["accuracy"]), (right.amax(1), worth["pass8"])):
+        assert abs(found.mean().item() - expected) < 5 * (expected / found.numel()) ** 0.5 + 0.01
+    greedy = first.model.generate(first.encode(problems), max_new_tokens=8, do_sample=False)
+    greedy = first.tokenizer.batch_decode(greedy[:, first.held_out[0].shape[1] :])
+    begins = [text.startswith(first.task.response(p.answer)) for text, p in zip(greedy, problems, strict=True)]
+    assert worth["greedy"] == pytest.approx(sum(begins) / len(begins))
+    assert 0 < worth["entropy"] < np.log(first.model.config.vocab_size)
 
 
 def test_noise_is_what_it_is_called():
@@ -91,77 +110,76 @@ def test_noise_is_what_it_is_called():
 
 
 @pytest.fixture(scope="module")
-def batch_of(model):
+def batch_of(first):
     """batch_of(rewards, lengths) -> a Batch of prompts that differ."""
-    first = on_policy.start(model)
-    problems = on_policy.sums(random.Random(0), 8)
+    problems = sums(0, 8)
 
     def make(rewards, lengths=None):
         lengths = torch.ones_like(rewards) if lengths is None else lengths
         mask = torch.arange(lengths.max()) < lengths.view(-1, 1)
         probability = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
         chosen = problems[: len(rewards)]
-        sampled = on_policy.Responses(torch.zeros(mask.shape), mask, probability.log(), probability.square())
+        sampled = loop.Responses(torch.zeros(mask.shape), mask, probability.log(), probability.square())
         return Batch(rewards, [p.question for p in chosen], 0, first.encode(chosen), first.model, *sampled)
 
     return make
 
 
 def test_a_value_network_learns_what_a_prompt_is_worth(batch_of):
-    method = METHODS["value_network"]()
+    method = METHODS["value_network"].make()
     batch = batch_of(torch.tensor([[1.0, 0.6], [0.4, 0.0]], dtype=torch.float64))
     first, *_, last = (method(batch).mean(1) for _ in range(60))
     assert first[0] - first[1] > 1  # before, the mean of the batch
     assert abs(last[0] - last[1]) < 0.2
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ESTIMATES)
 def test_a_method_is_finite_and_favors_the_better_answer(name, batch_of):
     rewards = torch.from_numpy(np.random.default_rng(0).choice([0.0, 0.01, 0.5, 1.0], (8, 4)))
     lengths = torch.from_numpy(np.random.default_rng(1).integers(3, 9, (8, 4)))
     batch = batch_of(rewards, lengths)
-    advantage = METHODS[name]()(batch).reshape(*rewards.shape, -1)
+    advantage = METHODS[name](batch).reshape(*rewards.shape, -1)
     assert advantage.shape[2] in (1, batch.mask.shape[1]) and advantage.isfinite().all()
     assert (advantage * (rewards - rewards.mean(1, keepdim=True))[..., None]).sum() > 0
 
 
 def test_prompts_recur_from_a_pool_and_are_otherwise_new():
     pooled = dataclasses.replace(conditions.CONDITIONS["recurring"], prompts=4, pool=8)
-    steps = [next_ for next_, _ in zip(on_policy.visits(pooled, 3), range(4), strict=False)]
+    steps = [next_ for next_, _ in zip(loop.visits(pooled, 3), range(4), strict=False)]
     first, second = ({p.question for step in half for p in step} for half in (steps[:2], steps[2:]))
     assert first == second and len(first) <= 8
-    fresh = on_policy.visits(conditions.CONDITIONS["pairs"], 3)
+    fresh = loop.visits(conditions.CONDITIONS["pairs"], 3)
     assert next(fresh) != next(fresh)
 
 
-def test_runs_of_a_seed_are_paired_and_repeatable(model, condition):
+def test_runs_of_a_seed_are_paired_and_repeatable(models, condition):
     condition("short", prompts=6, size=2, steps=2, every=1, learning_rate=1e-3)
     condition("frozen", prompts=6, size=2, steps=2, every=1, learning_rate=0.0)
-    rloo, again, other = (on_policy.run(model, "short", method, 5) for method in ("rloo", "rloo", "krpo"))
+    rloo, again, other = (loop.run(models, "short", method, 5) for method in ("rloo", "rloo", "krpo"))
     assert rloo["curve"] == again["curve"] != other["curve"]
     assert rloo["curve"].split()[0] == other["curve"].split()[0]
-    frozen = [on_policy.run(model, "frozen", method, 5) for method in ("rloo", "krpo")]
+    frozen = [loop.run(models, "frozen", method, 5) for method in ("rloo", "krpo")]
     assert frozen[0]["reward"] == frozen[1]["reward"]  # the same answers were sampled
 
 
-def test_training_follows_the_advantage(model, condition, monkeypatch):
+def test_training_follows_the_advantage(models, condition, monkeypatch):
     lengths = []
 
     def shorter(batch):
         lengths.append(float(batch.lengths.double().mean()))
         return batch.lengths.double().mean() - batch.lengths
 
-    monkeypatch.setitem(METHODS, "shorter", lambda: shorter)
+    monkeypatch.setitem(METHODS, "shorter", Method(lambda: shorter))
     condition("few", prompts=8, size=4, steps=12, every=12, learning_rate=1e-3)
-    on_policy.run(model, "few", "shorter", 1)
+    loop.run(models, "few", "shorter", 1)
     assert sum(lengths[-3:]) < 0.8 * sum(lengths[:3])
 
 
-def test_a_penalty_holds_the_model_back(model, condition):
+def test_a_penalty_holds_the_model_back(models, condition):
     curves = []
     for kl in (0.0, 10.0):
         condition("held", prompts=8, size=4, steps=6, every=6, learning_rate=1e-3, kl=kl)
-        before, after = map(float, on_policy.run(model, "held", "rloo", 1)["curve"].split())
+        before, after = map(float, loop.run(models, "held", "rloo", 1)["curve"].split())
         curves.append(abs(after - before))
     assert curves[1] < curves[0]
 
@@ -180,7 +198,7 @@ def test_a_study_resumes_and_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "execute", invented)
     for seeds in (range(2), range(3)):
         wanted = study.tasks(conditions.CONDITIONS, ["pairs"], METHODS, ["rloo", "grpo"], seeds)
-        text = study.study(tmp_path, on_policy.run, wanted, tmp_path, lambda path: None, 1)
+        text = study.study(tmp_path, loop.run, wanted, tmp_path, lambda condition: None, 1)
     assert ran == [(method, seed) for seed in range(3) for method in ("rloo", "grpo")]
     assert len(text.splitlines()) == 4 and "| pairs" in text and "grpo" in text
     assert {path.name for path in tmp_path.iterdir()} >= {"runs.csv", "summary.csv", "curves.png", "differences.svg"}
@@ -188,9 +206,15 @@ def test_a_study_resumes_and_reports(tmp_path, monkeypatch):
         study.tasks(conditions.CONDITIONS, ["pairs"], METHODS, ["dapo"], range(1))
 
 
-def test_a_run_that_fails_in_its_process_is_seen(model, tmp_path):
+def test_a_run_that_fails_in_its_process_is_seen(models, tmp_path):
     with pytest.raises(KeyError, match="nothing"):
-        list(study.execute(on_policy.run, [study.Task("nothing", "rloo", 0)], model, tmp_path / "runs.csv", 1))
+        list(study.execute(loop.run, [study.Task("nothing", "rloo", 0)], models, tmp_path / "runs.csv", 1))
+
+
+def test_runs_with_other_columns_are_not_mixed(tmp_path):
+    study.append(tmp_path / "runs.csv", {"condition": "pairs", "curve": "0.1"})
+    with pytest.raises(ValueError, match="has the columns condition,curve, a run now condition,greedy"):
+        study.append(tmp_path / "runs.csv", {"condition": "pairs", "greedy": "0.1"})
 
 
 def curve_rows(method, curves):
@@ -224,8 +248,10 @@ def test_the_page_of_claims_says_what_the_runs_say(tmp_path):
         shutil.copy(ROOT / "docs/results" / folder / "runs.csv", tmp_path / folder)
         tables.append(study.show(tmp_path / folder / "runs.csv", other))
         assert tables[-1] in page, folder
-    tables.append(gradient.as_table(study.finished(ROOT / "docs/results/gradient/gradient.csv")))
-    assert tables[-1] in page
+    for row in study.finished(ROOT / "docs/results/gradient/gradient.csv"):
+        tables.append(
+            "{:.2f} ({:.2f} to {:.2f})".format(*(float(v) for k, v in row.items() if k.startswith("to_rloo")))
+        )
     for figure in (DIFFERENCE, ROLLOUTS):
         told = re.findall(figure, page + (ROOT / "README.md").read_text())
         assert set(told) <= set(re.findall(figure, "".join(tables)))

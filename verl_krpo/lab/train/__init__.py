@@ -1,10 +1,11 @@
-"""Does an estimator train better? A tiny model learns sums in this process, under one method after the other.
+"""Does a method train better? A tiny model learns in this process, under one method after the other.
 
-on_policy.py   sample, score, update: one run
-methods.py     rewards to advantages, every method by its name
-conditions.py  what a run is: prompts, group size, noise, what recurs
-off_policy.py  the same of policy losses, with many updates a batch
-gradient.py    signal-to-noise of the gradient itself
+loop.py        sample, score, update: one run
+tasks.py       what is asked, what is right, and the model that training begins with
+conditions.py  what a run is: task, prompts, group size, noise, what recurs, updates a batch
+methods.py     every method by its name: rewards to advantages, and which loss they enter
+losses.py      policy losses: verl's own and the product's
+gradient.py    signal and variance of the gradient itself, of tiny models and of a pretrained one (pretrained.py)
 study.py       many runs in parallel processes, resumable, one CSV line each
 results.py     means, paired differences, rollouts to a threshold; figures
 """

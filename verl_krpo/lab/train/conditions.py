@@ -1,4 +1,9 @@
-"""What a run is. Every condition takes 64 rollouts a step, but for those whose prompts recur (32)."""
+"""What a run is. A condition takes 64 rollouts a step, 32 where prompts recur and 128 off policy.
+
+On policy a batch makes one Adam step of an unclipped gradient, so that Adam makes nothing of an advantage's overall
+scale, and methods are compared by what they say of one response against another. Off policy (calm, harsh) it is cut
+into mini-batches, one Adam step each, and as in verl the gradient's norm is clipped at 1.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,11 +14,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Condition:
-    """prompts x size rollouts a step; pool: how many prompts recur (0: always new ones); kl: weight of k3."""
+    """prompts x size rollouts a step of a task of tasks.py, cut into `updates` mini-batches.
+
+    pool: how many prompts recur (0: always new ones); kl: weight of k3; clip: of the gradient's norm.
+    """
 
     name: str
     prompts: int
     size: int
+    task: str = "sharpen"
     noise: str = "none"
     level: float = 0.0
     pool: int = 0
@@ -21,6 +30,16 @@ class Condition:
     learning_rate: float = 1e-4
     steps: int = 60
     every: int = 5  # steps from one look at the accuracy to the next
+    updates: int = 1
+    clip: float = float("inf")
+    loss_agg_mode: str = "token-mean"
+
+
+def _off_policy(name: str, task: str, learning_rate: float, steps: int) -> Condition:
+    return Condition(
+        name, 16, 8, task, learning_rate=learning_rate, steps=steps, every=1, updates=16, clip=1.0,
+        loss_agg_mode="seq-mean-token-mean",
+    )  # fmt: skip
 
 
 def _flip(level: float, shape: tuple[int, int], generator: torch.Generator) -> Callable[[Tensor], Tensor]:
@@ -43,6 +62,7 @@ def _judge(level: float, shape: tuple[int, int], generator: torch.Generator) -> 
 
 NOISES = {
     "none": lambda level, shape, generator: lambda rewards: rewards,
+    "signed": lambda level, shape, generator: lambda rewards: 2 * rewards - 1,
     "flip": _flip,
     "gaussian": _gaussian,
     "judge": _judge,
@@ -60,10 +80,18 @@ CONDITIONS = {
         Condition("fours_judge", 16, 4, noise="judge", level=1.5),
         Condition("fours_kl_0.01", 16, 4, kl=0.01),
         Condition("fours_kl_0.05", 16, 4, kl=0.05),
+        Condition("fours_signed", 16, 4, noise="signed"),
+        Condition("learn_pairs", 32, 2, "learn", steps=200),
+        Condition("learn_fours", 16, 4, "learn", steps=200),
+        Condition("learn_eights", 8, 8, "learn", steps=200),
         Condition("recurring", 16, 2, pool=64, steps=80),
         Condition("recurring_flip", 16, 2, pool=64, steps=80, noise="flip", level=0.2),
         Condition("recurring_single", 32, 1, pool=64, steps=80),
         # The learning rate for every method apart, on other seeds (--first-seed 100).
         *(Condition(f"pairs_lr_{rate:g}", 32, 2, learning_rate=rate) for rate in (5e-5, 1e-4, 2e-4, 4e-4)),
+        _off_policy("calm", "digits_32", 3e-4, 15),
+        _off_policy("harsh", "digits_32", 1e-3, 20),
+        _off_policy("calm_long", "digits_128", 3e-4, 15),
+        _off_policy("harsh_long", "digits_128", 1e-3, 20),
     )
 }

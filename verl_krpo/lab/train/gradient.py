@@ -1,92 +1,178 @@
-"""The signal-to-noise ratio of the tiny model's own policy gradient, under every estimator.
+"""How much of a policy gradient is noise, under every estimator: the tiny model's own, or a pretrained one's.
 
-RLOO trains the model; before, halfway and after, its weights are held still and many batches are sampled. Every
-estimator sees the same batches and gives a gradient g for each, all of the model's parameters:
+A model is held still while many batches are sampled. Every method sees the same batches and gives each a gradient g:
 
-    signal  |E g|^2     mean of g_a . g_b over pairs of different batches
-    noise   tr Var g    mean of |g|^2, less the signal
-    snr     signal / noise, over RLOO's; 95 % interval over the batches (bootstrap, paired)
+    signal    |E g|^2     mean of g_a . g_b over pairs of different batches
+    variance  tr Var g    mean of |g|^2, less the signal
+    snr       signal / variance
+
+both over RLOO's, with 95 % intervals over the batches (bootstrap, paired). A variance is shown of methods whose E g is
+the same, UNBIASED: what divides an advantage, or takes a part of its own reward away (opo, otb), scales signal and
+noise alike. (batch_mean takes away 1 / rows of it.)
+
+A tiny model is held still before, halfway through and after its training by RLOO. Of a pretrained one the gradient is
+that of its last LAYERS layers. Gradients are kept as sketches (`sketch`), a file a batch, and those that are there are
+not computed again.
 """
 
-from itertools import islice
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from verl_krpo.lab.train import on_policy
+from verl_krpo.lab.train import loop, pretrained
+from verl_krpo.lab.train.conditions import CONDITIONS
+from verl_krpo.lab.train.methods import METHODS, Batch
 from verl_krpo.report import intervals, tables
 
-SHOWN = ("grpo", "rloo", "jspo", "krpo", "krpo_adaptive")
-CHECKPOINTS = (0, 30, 60)  # steps of RLOO
+ADAPTIVE = ("krpo_adaptive", "krpo_adaptive_score", "krpo_adaptive_exact")
+UNBIASED = ("rloo", "none", "batch_mean", "jspo", *(f"{name}_unscaled" for name in ADAPTIVE))
+OF_PRETRAINED = (*UNBIASED, "opo", "otb")
+SHOWN = (*OF_PRETRAINED, "grpo", "krpo", *ADAPTIVE)
+SEED = 1000  # of the batches
+LAYERS = 8
+SKETCH = 65_537  # numbers a gradient; a prime, so that no row of a weight matrix keeps falling into the same bins
 
 
-def checkpoint(first: on_policy.Start, condition: on_policy.Condition, steps: int) -> torch.nn.Module:
-    """The model after so many steps of RLOO."""
-    if not steps:
-        return first.model
-    model, _ = next(islice(on_policy.train(first, condition, "rloo", seed=0), steps - 1, None))
-    return model
+class Subject(NamedTuple):
+    """A model held still, the parameters whose gradient counts, and its batches by number."""
+
+    name: str
+    accuracy: float
+    model: torch.nn.Module
+    parameters: list[Tensor]
+    batch: Callable[[int], Batch]
 
 
-def gradients(
-    first: on_policy.Start, model, condition: on_policy.Condition, batches: int, seed: int
-) -> dict[str, torch.Tensor]:
-    """Method -> (batches, parameters), the same samples for all."""
-    parameters = list(model.parameters())
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in SHOWN}
-    for step, problems in zip(range(batches), on_policy.visits(condition, seed), strict=False):
-        batch = on_policy.roll(first, model, condition, problems, seed, step)
-        for name in SHOWN:
-            loss = on_policy.surrogate(model, batch, on_policy.METHODS[name]()(batch))
-            gradient = torch.autograd.grad(loss, parameters)
-            found[name].append(torch.cat([part.flatten() for part in gradient]))
-    return {name: torch.stack(of_batches) for name, of_batches in found.items()}
+def of_training(models: Path, name: str) -> Iterator[Subject]:
+    """The tiny model before, halfway through and after a condition's training; each is in use until the next is."""
+    condition = CONDITIONS[name]
+    first = loop.start(models, condition.task)
+
+    def subject(model: torch.nn.Module, steps: int) -> Subject:
+        def batch(number: int) -> Batch:
+            generator = torch.Generator().manual_seed(SEED * 100_003 + number)
+            problems = next(loop.visits(condition, SEED * 100_003 + number))
+            return loop.roll(first, model, condition, problems, number, generator)
+
+        accuracy = loop.look(model, first.held_out)["accuracy"]
+        return Subject(f"{name}_{steps}", accuracy, model, list(model.parameters()), batch)
+
+    yield subject(first.model, 0)
+    for steps, (model, _) in enumerate(loop.train(first, condition, "rloo", seed=0), start=1):
+        if steps in (condition.steps // 2, condition.steps):
+            yield subject(model, steps)
 
 
-def snr(products: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """|E g|^2 / tr Var g from the inner products (batches, batches), for every row of weights (resamples, batches)."""
+def of_pretrained(folder: Path, prompts: int = 8, size: int = 4) -> Subject:
+    """A transformers folder and its verl parquet, as scripts/pretrained_cpu.py makes them."""
+    found = pretrained.load(folder)
+    decoder = found.model.model
+    parameters = [p for part in (*decoder.layers[-LAYERS:], decoder.norm) for p in part.parameters()]
+    found.model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    name = f"{folder.name}_{prompts}x{size}"
+    return Subject(name, float("nan"), found.model, parameters, lambda number: found.batch(prompts, size, number))
+
+
+@functools.lru_cache(maxsize=1)
+def _signs(count: int) -> Tensor:
+    return 2 * torch.randint(2, (count,), generator=torch.Generator().manual_seed(0), dtype=torch.int8) - 1
+
+
+def sketch(gradient: Iterable[Tensor]) -> Tensor:
+    """(SKETCH,): entry i under a random sign is added to bin i mod SKETCH (CountSketch; Charikar et al. 2002).
+
+    An inner product of two sketches is that of the gradients, within |a| |b| / sqrt(SKETCH) or 0.4 %.
+    """
+    flat = torch.cat([part.flatten() for part in gradient])
+    flat = flat * _signs(len(flat))
+    return torch.nn.functional.pad(flat, (0, -len(flat) % SKETCH)).view(-1, SKETCH).sum(0)
+
+
+def gradients(subject: Subject, number: int, methods: Iterable[str]) -> dict[str, np.ndarray]:
+    """Method -> sketch of its gradient of one batch, and `reward`, the batch's mean."""
+    batch = subject.batch(number)
+    owner = torch.from_numpy(batch.owners)
+    log_prob = loop.log_probs(subject.model, batch.prompts, batch.responses, owner)
+    found = {"reward": np.array(float(batch.rewards.mean()))}
+    for name in methods:
+        advantage = METHODS[name](batch).reshape(len(owner), -1).to(log_prob.dtype)
+        loss = -(advantage * log_prob * batch.mask).sum() / batch.mask.sum()
+        found[name] = sketch(torch.autograd.grad(loss, subject.parameters, retain_graph=True)).numpy()
+    return found
+
+
+def collect(subject: Subject, batches: int, methods: tuple[str, ...], parts: Path) -> dict[str, np.ndarray]:
+    """Method -> (batches, SKETCH), `reward` -> (batches,); a batch and method that PARTS has are not computed again."""
+    folder = parts / subject.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(batches):
+        path = folder / f"{number}.npz"
+        known = dict(np.load(path)) if path.exists() else {}
+        if missing := [name for name in methods if name not in known]:
+            partial = path.with_suffix(".partial.npz")
+            np.savez(partial, **known | gradients(subject, number, missing))
+            os.replace(partial, path)
+    loaded = [np.load(folder / f"{number}.npz") for number in range(batches)]
+    return {name: np.stack([part[name] for part in loaded]) for name in ("reward", *methods)}
+
+
+def signal_and_variance(products: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """|E g|^2 and tr Var g from inner products (batches, batches), for every row of weights (resamples, batches)."""
     diagonal = np.diag(products)
     same = weights**2
     signal = (np.einsum("ra,ab,rb->r", weights, products, weights) - same @ diagonal) / (1 - same.sum(1))
-    return signal / (weights @ diagonal - signal)
+    return signal, weights @ diagonal - signal
 
 
-def measure(model: Path, condition: str, batches: int = 100, seed: int = 1000) -> list[dict]:
-    """One row a checkpoint and method."""
-    first, settings = on_policy.start(model), on_policy.CONDITIONS[condition]
+def measure(subject: Subject, batches: int, methods: tuple[str, ...], parts: Path) -> list[dict]:
+    """One row a method."""
+    found = collect(subject, batches, methods, parts)
     weights = intervals.weights(np.random.default_rng(0), batches)
-    rows = []
-    for steps in CHECKPOINTS:
-        held = checkpoint(first, settings, steps)
-        accuracy = on_policy.accuracy(held, first.held_out)
-        ratios = {}
-        for name, gradient in gradients(first, held, settings, batches, seed).items():
-            gradient = gradient / gradient.norm(dim=1).mean()  # of no consequence but for rounding
-            ratios[name] = snr((gradient @ gradient.T).double().numpy(), weights)
-        for name, ratio in ratios.items():
-            value, low, high = intervals.of_weighted(ratio / ratios["rloo"])
-            row = {"condition": condition, "steps": steps, "accuracy": accuracy, "method": name, "batches": batches}
-            rows.append(row | {"snr": float(ratio[0]), "to_rloo": value, "to_rloo_low": low, "to_rloo_high": high})
+    values = {name: signal_and_variance(found[name] @ found[name].T.astype(np.float64), weights) for name in methods}
+    (signal_of_rloo, variance_of_rloo), rows = values["rloo"], []
+    for name, (signal, variance) in values.items():
+        row = {"model": subject.name, "accuracy": subject.accuracy, "reward": float(found["reward"].mean())}
+        row |= {"method": name, "batches": batches, "snr": float((signal / variance)[0])}
+        snr_to_rloo = signal / variance * (variance_of_rloo / signal_of_rloo)
+        for key, ratio in (("snr_to_rloo", snr_to_rloo), ("variance_to_rloo", variance / variance_of_rloo)):
+            row |= dict(zip((key, f"{key}_low", f"{key}_high"), intervals.of_weighted(ratio), strict=True))
+        rows.append(row)
     return rows
 
 
-def run(out: Path, model: Path, condition: str = "pairs", batches: int = 100) -> str:
-    """Write gradient.csv to `out`; the table as text."""
-    rows = measure(model, condition, batches)
-    tables.write_csv(out / "gradient.csv", rows)
-    return as_table(rows)
+def run(out: Path, subjects: Iterable[Subject], batches: int, methods: tuple[str, ...], parts: Path) -> str:
+    """Write a CSV a subject to `out`, and its table beside it; the tables as text."""
+    texts = []
+    for subject in subjects:
+        rows = measure(subject, batches, methods, parts)
+        tables.write_csv(out / f"{subject.name}.csv", rows)
+        texts.append(as_table(rows))
+        (out / f"{subject.name}.md").write_text(texts[-1] + "\n")
+    return "\n\n".join(texts)
 
 
 def as_table(rows: list[dict]) -> str:
     """The rows, of `measure` or as a CSV has them, for reading."""
+
+    def cell(row: dict, key: str) -> str:
+        return "{:.2f} ({:.2f} to {:.2f})".format(*(float(row[k]) for k in (key, f"{key}_low", f"{key}_high")))
+
     lines = [
         [
-            f"{row['steps']} steps, {float(row['accuracy']):.2f}",
+            f"{row['model']}, reward {float(row['reward']):.2f}",
             row["method"],
             f"{float(row['snr']):.3f}",
-            "{:.2f} ({:.2f} to {:.2f})".format(*(float(row[k]) for k in ("to_rloo", "to_rloo_low", "to_rloo_high"))),
+            cell(row, "snr_to_rloo"),
+            cell(row, "variance_to_rloo") if row["method"] in UNBIASED else "-",
         ]
         for row in rows
     ]
-    return tables.table(["RLOO's steps, accuracy", "method", "snr of a batch", "over RLOO's"], lines)
+    return tables.table(["model", "method", "snr of a batch", "over RLOO's", "variance over RLOO's"], lines)

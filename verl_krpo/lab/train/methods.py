@@ -1,6 +1,7 @@
-"""Rewards to advantages, every method by its name: verl's own, the product's, controls, and those published beside it.
+"""Every method by its name: an estimator of advantages (verl's own, the product's, controls, and those published beside
+it) under REINFORCE, or a policy loss under RLOO's advantages.
 
-A method is made anew for every run, for some keep a state; then it takes one batch after the other.
+An estimator is made anew for every run, for some keep a state; then it takes one batch after the other.
 """
 
 import copy
@@ -17,6 +18,7 @@ from verl_krpo.advantage.memory import PromptMemory, krpo_memory
 from verl_krpo.advantage.weights import length_weights, score_weights
 from verl_krpo.config import AdaptiveConfig, AdaptiveScale, Baseline, KrpoConfig, Order, Scale
 from verl_krpo.lab.simulate import simulate
+from verl_krpo.lab.train.losses import LOSSES, Loss
 
 
 class Batch(NamedTuple):
@@ -49,7 +51,18 @@ class Batch(NamedTuple):
         return self.mask.sum(1).view_as(self.rewards)
 
 
-Method = Callable[[Batch], Tensor]  # -> advantages (prompts, size), or (prompts, size, tokens)
+Estimate = Callable[[Batch], Tensor]  # -> advantages (prompts, size), or (prompts, size, tokens)
+
+
+class Method(NamedTuple):
+    """make: the estimator of a new run. loss: None is REINFORCE."""
+
+    make: Callable[[], Estimate]
+    loss: Loss | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Advantages of one batch, by an estimator that has seen none."""
+        return self.make()(batch)
 
 
 def exact_weights(batch: Batch) -> Tensor:
@@ -66,7 +79,7 @@ WEIGHTS: dict[str, Callable[[Batch], Tensor | None]] = {
 }
 
 
-def _ours(name: str, settings: Any = None, weight: str = "none") -> Callable[[], Method]:
+def _ours(name: str, settings: Any = None, weight: str = "none") -> Callable[[], Estimate]:
     def method(batch: Batch) -> Tensor:
         estimate = ESTIMATORS[name].estimate(batch.rewards.flatten(), batch.owners, settings, WEIGHTS[weight](batch))
         return estimate.advantages().view_as(batch.rewards)
@@ -74,13 +87,13 @@ def _ours(name: str, settings: Any = None, weight: str = "none") -> Callable[[],
     return lambda: method
 
 
-def _krpo(**settings: Any) -> Callable[[], Method]:
+def _krpo(**settings: Any) -> Callable[[], Estimate]:
     # Samples of one prompt are exchangeable here, so that there is nothing to shuffle.
     return _ours("krpo", KrpoConfig(order=Order.arrival, **settings))
 
 
-def _memory(weight: str = "none") -> Callable[[], Method]:
-    def make() -> Method:
+def _memory(weight: str = "none") -> Callable[[], Estimate]:
+    def make() -> Estimate:
         memory = PromptMemory()
 
         def method(batch: Batch) -> Tensor:
@@ -95,13 +108,13 @@ def _memory(weight: str = "none") -> Callable[[], Method]:
     return make
 
 
-def _verl(name: str, **options: Any) -> Callable[[], Method]:
+def _verl(name: str, **options: Any) -> Callable[[], Estimate]:
     """An estimator of verl's that reads rewards alone."""
     estimator = simulate.with_verl(name, **options)
     return lambda: lambda batch: torch.from_numpy(np.ascontiguousarray(estimator(batch.rewards.numpy())[1]))
 
 
-def _verl_by_token(name: str, **columns: Callable[[Batch], Tensor]) -> Callable[[], Method]:
+def _verl_by_token(name: str, **columns: Callable[[Batch], Tensor]) -> Callable[[], Estimate]:
     """One of verl's that reads the mask and `columns` (rows, tokens) besides; the reward is the last token's."""
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
@@ -116,7 +129,7 @@ def _verl_by_token(name: str, **columns: Callable[[Batch], Tensor]) -> Callable[
     return lambda: method
 
 
-def _sorted(key: Callable[[Batch], Tensor]) -> Callable[[], Method]:
+def _sorted(key: Callable[[Batch], Tensor]) -> Callable[[], Estimate]:
     """The published filter goes through a group from the smallest key to the largest."""
     inner = _krpo()()
 
@@ -128,7 +141,7 @@ def _sorted(key: Callable[[Batch], Tensor]) -> Callable[[], Method]:
     return lambda: method
 
 
-def _variance_only() -> Method:
+def _variance_only() -> Estimate:
     """The group's mean as in GRPO, over the published filter's standard deviation."""
     settings = KrpoConfig(order=Order.arrival)
 
@@ -140,7 +153,7 @@ def _variance_only() -> Method:
     return method
 
 
-def _spo(keep: float = 0.9, start: float = 8.0) -> Method:
+def _spo(keep: float = 0.9, start: float = 8.0) -> Estimate:
     """SPO's tracker (arXiv 2509.13232): a Beta a prompt, A = r - its mean before this step, whitened over the batch.
 
     `keep` of the past is kept a visit; SPO lets it follow the policy's KL, in 0.875..0.96. A new prompt begins with the
@@ -160,7 +173,27 @@ def _spo(keep: float = 0.9, start: float = 8.0) -> Method:
     return method
 
 
-def _value_network(learning_rate: float = 1e-3) -> Method:
+def _dbb(keep: float = 0.5, prior: float = 1.0) -> Estimate:
+    """Discounted Beta-Bernoulli (arXiv 2603.18444): GRPO whose mean and spread of a prompt are a Beta's.
+
+    The Beta counts right and wrong, these rewards among them, and `keep` of the past is kept a visit; A = (r - p) /
+    sqrt(p (1 - p)). The paper's own discount and prior were not at hand: both numbers are ours.
+    """
+    state: dict[str, tuple[float, float]] = {}
+
+    def method(batch: Batch) -> Tensor:
+        values = []
+        for key, own in zip(batch.keys, batch.rewards, strict=True):
+            right, wrong = state.get(key, (prior, prior))
+            state[key] = right, wrong = keep * right + float(own.sum()), keep * wrong + float((1 - own).sum())
+            values.append(right / (right + wrong))
+        value = torch.tensor(values, dtype=torch.float64)[:, None].clamp(1e-6, 1 - 1e-6)
+        return (batch.rewards - value) / (value * (1 - value)).sqrt()
+
+    return method
+
+
+def _value_network(learning_rate: float = 1e-3) -> Estimate:
     """PPO's critic: the first model under a linear head of zeros, A = r - V(prompt), whitened over the batch.
 
     As in verl: values are those before this batch, then one Adam step on the squared error follows, at ten times the
@@ -185,7 +218,7 @@ def _value_network(learning_rate: float = 1e-3) -> Method:
     return method
 
 
-METHODS: dict[str, Callable[[], Method]] = {
+ESTIMATES: dict[str, Callable[[], Estimate]] = {
     "none": lambda: lambda batch: batch.rewards,
     "batch_mean": lambda: lambda batch: batch.rewards - batch.rewards.mean(),
     "grpo": _verl("grpo_vectorized"),
@@ -199,14 +232,18 @@ METHODS: dict[str, Callable[[], Method]] = {
         sum_pi_squared=lambda batch: batch.sum_squares,
     ),
     "spo": _spo,
+    "dbb": _dbb,
     "value_network": _value_network,
 }
 # The product's, with their defaults and with weights: krpo_adaptive, krpo_adaptive_score and so on.
-METHODS |= {name: _ours(name) for name in ESTIMATORS} | {"krpo": _krpo(), "krpo_memory": _memory()}
-METHODS |= {f"krpo_adaptive_{weight}": _ours("krpo_adaptive", weight=weight) for weight in ("length", "score", "exact")}
-METHODS |= {
+ESTIMATES |= {name: _ours(name) for name in ESTIMATORS} | {"krpo": _krpo(), "krpo_memory": _memory()}
+ESTIMATES |= {
+    f"krpo_adaptive_{weight}{suffix}".replace("_none", ""): _ours("krpo_adaptive", AdaptiveConfig(scale=scale), weight)
+    for weight in WEIGHTS
+    for suffix, scale in (("", AdaptiveScale.model), ("_unscaled", AdaptiveScale.none))
+}
+ESTIMATES |= {
     "krpo_memory_score": _memory("score"),
-    "krpo_adaptive_unscaled": _ours("krpo_adaptive", AdaptiveConfig(scale=AdaptiveScale.none)),
     "krpo_predicted": _krpo(baseline=Baseline.predicted, scale=Scale.innovation_std),
     "krpo_leave_one_out": _krpo(baseline=Baseline.leave_one_out),
     "krpo_mean_only": _krpo(scale=Scale.none),
@@ -216,9 +253,21 @@ METHODS |= {
     "krpo_by_reward_down": _sorted(lambda batch: -batch.rewards),
 }
 # The published form over its two numbers: krpo_Q1e-05_R0.001 and so on.
-METHODS |= {
+ESTIMATES |= {
     f"krpo_Q{q:g}_R{r:g}": _krpo(process_var=q, measurement_var=r)
     for q in (0.0, 1e-5, 1e-3, 1e-1)
     for r in (1e-3, 1e-2, 1e-1, 1.0)
     if (q, r) != (KrpoConfig.process_var, KrpoConfig.measurement_var)
 }
+
+
+def _whitened(estimator: Callable[[], Estimate]) -> Callable[[], Estimate]:
+    def method(batch: Batch) -> Tensor:
+        advantage = estimator()(batch)
+        return advantage / (advantage.std() + 1e-6)
+
+    return lambda: method
+
+
+METHODS = {name: Method(make) for name, make in ESTIMATES.items()}
+METHODS |= {name: Method(_whitened(ESTIMATES["rloo"]), loss) for name, loss in LOSSES.items()}

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-Run = Callable[[Path, str, str, int], dict]  # the model's folder, condition, method, seed -> a line of the CSV
+Run = Callable[[Path, str, str, int], dict]  # the models' folder, condition, method, seed -> a line of the CSV
 
 
 class Task(NamedTuple):
@@ -30,7 +30,7 @@ def missing(tasks: Iterable[Task], path: Path) -> list[Task]:
     return [task for task in tasks if task not in done]
 
 
-def execute(run: Run, tasks: list[Task], model: Path, path: Path, jobs: int) -> Iterator[dict]:
+def execute(run: Run, tasks: list[Task], models: Path, path: Path, jobs: int) -> Iterator[dict]:
     """Run the tasks in `jobs` processes and append each to the CSV as it ends, in whatever order; yields its line.
 
     The first task that fails ends the study with its error; what has ended stays in the CSV.
@@ -38,7 +38,7 @@ def execute(run: Run, tasks: list[Task], model: Path, path: Path, jobs: int) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=_one_thread) as pool:
-        pending = [pool.submit(run, model, *task) for task in tasks]
+        pending = [pool.submit(run, models, *task) for task in tasks]
         try:
             for future in as_completed(pending):
                 row = future.result()
@@ -50,8 +50,10 @@ def execute(run: Run, tasks: list[Task], model: Path, path: Path, jobs: int) -> 
 
 
 def append(path: Path, row: dict) -> None:
-    """One line more; the first writes the header."""
+    """One line more; the first writes the header. ValueError where the file has other columns."""
     new = not path.exists()
+    if not new and (columns := path.read_text().partition("\n")[0]) != ",".join(row):
+        raise ValueError(f"{path} has the columns {columns}, a run now {','.join(row)}: choose another folder")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         if new:
@@ -86,20 +88,21 @@ def study(
     out: Path,
     run: Run,
     wanted: list[Task],
-    model: Path,
-    prepare: Callable[[Path], object],
+    models: Path,
+    prepare: Callable[[str], object],
     jobs: int,
     other: str = "grpo",
 ) -> str:
-    """Run what OUT/runs.csv has not, on the model that `prepare` makes where it is missing; then `show`."""
+    """Run what OUT/runs.csv has not, on the models in `models` that `prepare` makes of a condition; then `show`."""
     from rich.progress import MofNCompleteColumn, Progress
 
     path = out / "runs.csv"
     if todo := missing(wanted, path):
-        prepare(model)
+        for condition in {task.condition for task in todo}:
+            prepare(condition)
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
             bar = progress.add_task("runs", total=len(todo))
-            for row in execute(run, todo, model, path, jobs):
+            for row in execute(run, todo, models, path, jobs):
                 accuracy = row["curve"].rpartition(" ")[2]
                 progress.console.print(f"{row['condition']} {row['method']} seed {row['seed']}: {accuracy}")
                 progress.advance(bar)
