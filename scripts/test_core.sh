@@ -4,7 +4,7 @@
 #   bash scripts/test_core.sh             an environment of its own, removed at the end
 #   VENV=/path bash scripts/test_core.sh  kept there, and used again
 #
-# What needs verl is skipped by name.
+# TRL is one of the tools: its example trains (docs/examples/trl_sums.py). What needs verl is skipped by name.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,5 +26,5 @@ git ls-files -z verl_krpo pyproject.toml README.md LICENSE | xargs -0 cp --paren
 pip "$TORCH" numpy
 pip --no-deps --force-reinstall "$work/source"
 (cd tests && "$env/bin/python" -c 'import test_core; exec(test_core.CODE)')
-pip pytest pytest-timeout hypothesis statsmodels mpmath omegaconf wrapt
+pip pytest pytest-timeout hypothesis statsmodels mpmath omegaconf wrapt trl
 "$env/bin/pytest" -p no:cacheprovider tests/kalman tests/advantage tests/policy_loss tests/test_core.py tests/examples "$@"
