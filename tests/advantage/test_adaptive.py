@@ -275,6 +275,7 @@ def test_a_wrong_weight_is_named(bad):
 
 def test_one_response_a_prompt_is_compared_with_the_other_prompts():
     """verl's rloo_vectorized has nothing left there, its rloo and grpo no baseline."""
+    pytest.importorskip("verl")
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
     rewards = torch.tensor([1.0, 0, 1, 0, 0, 1, 0, 0])

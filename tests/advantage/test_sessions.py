@@ -7,6 +7,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+pytest.importorskip("verl")
+
 from verl_krpo import krpo_adaptive, score_weights
 from verl_krpo.advantage.weights import length_weights
 from verl_krpo.plugin import hooks, scores, sessions

@@ -23,6 +23,7 @@ def batch(seed=0, rows=5, tokens=7, vocabulary=6):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_weight_is_the_square_of_what_a_logit_of_the_token_does_to_verls_loss(mode):
     """The gradient of the row's term of verl's loss by the sampled tokens' own logits, up to a factor of all rows."""
+    pytest.importorskip("verl")
     from verl.trainer.ppo.core_algos import agg_loss
 
     logits, sampled, log_prob, mask = batch()

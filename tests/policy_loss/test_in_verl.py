@@ -4,6 +4,9 @@ import pickle
 
 import pytest
 import torch
+
+pytest.importorskip("verl")
+
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from tensordict import TensorDict

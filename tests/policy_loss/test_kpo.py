@@ -5,14 +5,35 @@ import math
 import pytest
 import torch
 from reference.metrics import KPO as KEYS
-from verl.trainer.ppo.core_algos import agg_loss
 
 from verl_krpo.config import Gain, KpoConfig
 from verl_krpo.kalman.noise import by_differences
 from verl_krpo.lab.bench.kpo import published_loss
-from verl_krpo.plugin.loss import compute_policy_loss
+from verl_krpo.plugin import loss as door
+from verl_krpo.policy_loss.kpo import kpo as token_losses
 
 MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
+
+
+def compute_policy_loss(*args, **kwargs):
+    """By verl's door, which adds the tokens up as verl does."""
+    pytest.importorskip("verl")
+    return door.compute_policy_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_pure_function_by_tokens(kpo_reference, clip):
+    """With torch alone: the loss of every token, and its gradient."""
+    batch = kpo_reference.batch()
+    new, exact = batch.new.clone().requires_grad_(), batch.new.double().requires_grad_()
+    settings = KpoConfig(process_var=1e-2, clip=clip)
+    losses, metrics = token_losses(new, batch.old, batch.adv, batch.mask, settings, clip_low=2e-3, clip_high=3e-3)
+    expected = kpo_reference.losses(batch.old, exact, batch.adv, batch.mask, 2e-3, 3e-3, q_var=1e-2, clip=clip)
+    torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=1e-7)
+    losses.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(new.grad.double(), torch.where(batch.mask, exact.grad, 0.0), rtol=2e-6, atol=1e-7)
+    assert {f"actor/{key}" for key in metrics} == KEYS
 
 
 def check(reference, batch, mode, config, kpo, weights=None, rtol=2e-6, atol=1e-7):
@@ -70,6 +91,9 @@ def test_gradient_of_the_published_code(kpo_reference):
 
 def test_gradient_by_finite_differences(kpo_reference):
     """Ours is the derivative of the float64 loss in which the filtered ratio is held fixed."""
+    pytest.importorskip("verl")
+    from verl.trainer.ppo.core_algos import agg_loss
+
     batch = kpo_reference.batch(rows=3, width=17, seed=19, dtype=torch.float64)
     kpo = KpoConfig(process_var=1e-2)
     config = kpo_reference.config(1e-2, 1e-2, kpo)

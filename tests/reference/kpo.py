@@ -17,13 +17,11 @@ def filter(z, mask, q_var, r_var, p_var, steady=False, kappa=None):
     return mean, side != 0
 
 
-def loss(
-    old_log_prob, log_prob, advantages, mask, mode, config, weights=None, *, q_var=1e-6, r_var=1.0, p_var=0.0,
+def losses(
+    old_log_prob, log_prob, advantages, mask, low=3e-4, high=4e-4, *, q_var=1e-6, r_var=1.0, p_var=0.0,
     clip=True, steady=False, kappa=None, log_max=10.0,
 ):  # fmt: skip
-    """The published loss in float64: sequential filter, autograd through the ratio, verl's agg_loss on every token."""
-    from verl.trainer.ppo.core_algos import agg_loss
-
+    """The published loss of every token in float64: sequential filter, autograd through the ratio."""
     seen = mask.bool()
 
     def clean(tensor):
@@ -34,9 +32,18 @@ def loss(
     ratio = (new - new.detach() + x).clamp(max=log_max).exp()
     result = -adv * ratio
     if clip:
-        result = torch.maximum(result, -adv * ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high))
+        result = torch.maximum(result, -adv * ratio.clamp(1 - low, 1 + high))
+    return result
+
+
+def loss(old_log_prob, log_prob, advantages, mask, mode, config, weights=None, **settings):
+    """The same, times the weights of the tokens, through verl's agg_loss."""
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    seen = mask.bool()
+    result = losses(old_log_prob, log_prob, advantages, mask, config.clip_ratio_low, config.clip_ratio_high, **settings)
     if weights is not None:
-        result = result * clean(weights)
+        result = result * torch.where(seen, weights.to(torch.float64), 0.0)
     return agg_loss(loss_mat=result, loss_mask=seen, loss_agg_mode=mode, **config.global_batch_info)
 
 
