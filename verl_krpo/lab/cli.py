@@ -106,6 +106,9 @@ def training(
     models: Models = MODELS,
     jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
     other: Annotated[str, typer.Option(help="A method to compare all with, besides RLOO or REINFORCE.")] = "grpo",
+    measure: Annotated[
+        str, typer.Option(help="What is compared: curve (the accuracy of a sample), greedy, pass8 or entropy.")
+    ] = "curve",
 ) -> None:
     """Train a tiny model under every method, on paired seeds; what is in OUT/runs.csv is not run again."""
     import functools
@@ -114,7 +117,7 @@ def training(
 
     chosen = range(first_seed, first_seed + seeds)
     tasks = study.tasks(loop.CONDITIONS, conditions.split(","), loop.METHODS, methods.split(","), chosen)
-    print(study.study(out, loop.run, tasks, models, functools.partial(prepare, models), jobs, other))
+    print(study.study(out, loop.run, tasks, models, functools.partial(prepare, models), jobs, other, measure))
 
 
 @study.command()

@@ -192,7 +192,8 @@ def test_a_study_resumes_and_reports(tmp_path, monkeypatch):
         for condition, method, seed in tasks:
             ran.append((method, seed))
             row = {"condition": condition, "method": method, "seed": seed, "rollouts": 64}
-            study.append(path, row | {"curve": f"0.1 0.2 0.{3 + seed}", "advantage_std": 1.0})
+            curves = {"curve": f"0.1 0.2 0.{3 + seed}", "greedy": "0.1 0.5 0.9"}
+            study.append(path, row | curves | {"advantage_std": 1.0})
             yield row | {"curve": ""}
 
     monkeypatch.setattr(study, "execute", invented)
@@ -202,6 +203,10 @@ def test_a_study_resumes_and_reports(tmp_path, monkeypatch):
     assert ran == [(method, seed) for seed in range(3) for method in ("rloo", "grpo")]
     assert len(text.splitlines()) == 4 and "| pairs" in text and "grpo" in text
     assert {path.name for path in tmp_path.iterdir()} >= {"runs.csv", "summary.csv", "curves.png", "differences.svg"}
+    greedy = study.show(tmp_path / "runs.csv", measure="greedy")
+    assert (tmp_path / "greedy" / "summary.csv").exists() and "0.900" in greedy and "0.900" not in text
+    with pytest.raises(ValueError, match="no measure beauty"):
+        study.show(tmp_path / "runs.csv", measure="beauty")
     with pytest.raises(ValueError, match="no method dapo"):
         study.tasks(conditions.CONDITIONS, ["pairs"], METHODS, ["dapo"], range(1))
 

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from verl_krpo.advantage import ESTIMATORS
+from verl_krpo.advantage.weights import score_weights
 from verl_krpo.config import Baseline, KrpoConfig, Scale
 from verl_krpo.lab.bench.timing import median_ratio, paired, peak_bytes
 
 SHAPES = ((1024, 8), (1024, 64), (4096, 16), (4096, 64))
 TOKENS = 8
+WEIGHTED = "krpo_adaptive, weight=score"  # without the metrics, which a trainer's step takes besides
 
 
 def batch(prompts: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -58,9 +60,17 @@ def estimators(rewards: torch.Tensor, mask: torch.Tensor, index: np.ndarray) -> 
     def verls(name):
         return lambda: get_adv_estimator_fn(name)(rewards, mask, index=index)
 
-    return {name: verls(name) for name in ("grpo", "grpo_vectorized")} | {
-        form: ours(*estimator) for form, estimator in forms().items()
-    }
+    def weighted():
+        weights = score_weights(log_probs, mask)
+        estimate = ESTIMATORS["krpo_adaptive"].estimate(rewards.sum(dim=1), index, None, weights)
+        return torch.where(mask.bool(), estimate.advantages().float()[:, None], 0.0)
+
+    log_probs = -torch.rand(rewards.shape, generator=torch.Generator().manual_seed(0))
+    return (
+        {name: verls(name) for name in ("grpo", "grpo_vectorized")}
+        | {form: ours(*estimator) for form, estimator in forms().items()}
+        | {WEIGHTED: weighted}
+    )
 
 
 def table(rounds: int, device: str = "cpu") -> list[dict]:

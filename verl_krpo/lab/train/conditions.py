@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from verl_krpo.lab.train.tasks import GYM
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -84,6 +86,7 @@ CONDITIONS = {
         Condition("learn_pairs", 32, 2, "learn", steps=200),
         Condition("learn_fours", 16, 4, "learn", steps=200),
         Condition("learn_eights", 8, 8, "learn", steps=200),
+        *(Condition(f"{task}_fours", 16, 4, task, steps=200) for task in GYM),
         Condition("recurring", 16, 2, pool=64, steps=80),
         Condition("recurring_flip", 16, 2, pool=64, steps=80, noise="flip", level=0.2),
         Condition("recurring_single", 32, 1, pool=64, steps=80),

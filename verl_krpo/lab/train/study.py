@@ -92,6 +92,7 @@ def study(
     prepare: Callable[[str], object],
     jobs: int,
     other: str = "grpo",
+    measure: str = "curve",
 ) -> str:
     """Run what OUT/runs.csv has not, on the models in `models` that `prepare` makes of a condition; then `show`."""
     from rich.progress import MofNCompleteColumn, Progress
@@ -106,13 +107,14 @@ def study(
                 accuracy = row["curve"].rpartition(" ")[2]
                 progress.console.print(f"{row['condition']} {row['method']} seed {row['seed']}: {accuracy}")
                 progress.advance(bar)
-    return show(path, other)
+    return show(path, other, measure)
 
 
-def show(path: Path, other: str = "grpo") -> str:
+def show(path: Path, other: str = "grpo", measure: str = "curve") -> str:
     """Read a CSV of runs: write summary.csv, curves and differences beside it; the table as text.
 
-    other: a method that all are compared with besides their reference.
+    other: a method that all are compared with besides their reference. measure: the column that is called accuracy in
+    all of these, `curve` or another one of `loop.look`, which then go to a folder of its name.
     """
     from verl_krpo.lab.train import results
     from verl_krpo.report import tables
@@ -120,6 +122,10 @@ def show(path: Path, other: str = "grpo") -> str:
     rows = finished(path)
     if not rows:
         raise ValueError(f"{path} holds no finished run")
+    if measure != "curve":
+        if measure not in rows[0]:
+            raise ValueError(f"{path} has no measure {measure}: its columns are {', '.join(rows[0])}")
+        rows, path = [row | {"curve": row[measure]} for row in rows], path.parent / measure / path.name
     lines = results.summary(rows, other)
     tables.write_csv(path.with_name("summary.csv"), lines)
     results.draw_curves(rows, path.with_name("curves"))

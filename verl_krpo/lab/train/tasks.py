@@ -1,14 +1,19 @@
 """What the tiny model is asked, what is right, and the model that training begins with: one Task a name.
 
-sharpen     sums of two numbers, tiny_model.py's imperfect demonstrations: greedy decoding is right on nearly all
-            from the first look on, and training has to make the model prefer what it knows
-learn       the same sums, right demonstrations, stopped early: most are yet to be learned
-digits_32   32 digits, each of them plus one, modulo ten, and digits_128: long answers, of which three in ten are
-            right; the demonstrations have digits that are drawn anew
+    sharpen     sums of two numbers, tiny_model.py's imperfect demonstrations: greedy decoding is right on nearly all
+                from the first look on, and training has to make the model prefer what it knows
+    learn       the same sums, right demonstrations, stopped early: most are yet to be learned
+    products    and the others of GYM: exercises of Reasoning Gym, right demonstrations, stopped when greedy decoding
+                is right on one in four
+    digits_32   32 digits, each of them plus one, modulo ten, and digits_128: long answers, of which three in ten are
+                right; the demonstrations have digits that are drawn anew
+
+Those of GYM need the package reasoning-gym (pip install verl-krpo[bench]).
 """
 
 import functools
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,30 +91,96 @@ def _careless_digits(length: int, rng: random.Random, count: int) -> list[tuple[
     return [(problem.question, careless(problem.answer)) for problem in _digits(length, rng, count)]
 
 
+def _sorting(facts: dict) -> str:
+    return facts["direction"][0] + ":" + ",".join(number.removesuffix(".0") for number in facts["original_numbers"])
+
+
+class Exercise(NamedTuple):
+    """A dataset of Reasoning Gym: its settings, and question and answer in short, of an item's metadata and answer."""
+
+    settings: dict
+    question: Callable[[dict], str]
+    answer: Callable[[str], str] = str
+
+
+GYM = {
+    "products": Exercise({"max_digits": 2}, lambda facts: facts["expression"].replace(" ", "")),
+    "gcd": Exercise({"max_value": 99}, lambda facts: ",".join(map(str, facts["numbers"]))),
+    "base_conversion": Exercise(
+        {"max_value": 255, "max_base": 9},
+        lambda facts: f"{facts['source_repr']}:{facts['source_base']}>{facts['target_base']}",
+    ),
+    "letter_counting": Exercise(
+        {"min_words": 2, "max_words": 3}, lambda facts: f"{facts['target_letter']}:{' '.join(facts['span'])}"
+    ),
+    "number_sorting": Exercise(
+        {"max_numbers": 4, "max_decimals": 0, "min_value": -99, "max_value": 99},
+        _sorting,
+        lambda answer: re.sub(r"[\[\]' ]|\.0", "", answer),
+    ),
+    "caesar_cipher": Exercise({"min_words": 1, "max_words": 4}, lambda facts: facts["cipher_text"]),
+    "count_bits": Exercise({"max_n": 65_535}, lambda facts: str(facts["number"])),
+    "spell_backward": Exercise({"max_word_len": 7}, lambda facts: facts["word"]),
+}
+GYM_ITEMS = 8000  # drawn of each, some of them alike
+GREEDY = 0.25  # where their warm start ends
+
+
+@functools.cache
+def gym_problems(name: str) -> tuple[list[Problem], list[Problem]]:
+    """For training, and held out; questions are filled up with spaces on the left."""
+    import reasoning_gym
+
+    settings, question, answer = GYM[name]
+    items = reasoning_gym.create_dataset(name, size=GYM_ITEMS, seed=0, **settings)
+    problems = {question(item["metadata"]): answer(item["answer"]) for item in items}
+    width = max(map(len, problems))
+    splits: tuple[list[Problem], list[Problem]] = [], []
+    for asked, right in problems.items():
+        splits[is_test(asked)].append(Problem(asked.rjust(width) + "=", right))
+    return splits
+
+
+def _gym(name: str, rng: random.Random, count: int, held_out: bool = False) -> list[Problem]:
+    return rng.sample(gym_problems(name)[held_out], count)
+
+
 def warm_start(
     path: Path,
     demonstrations: Callable[[random.Random, int], list[tuple[str, str]]],
     steps: int,
     batch_size: int = 128,
+    held_out: Callable[[], list[tuple[str, str]]] | None = None,
     seed: int = 0,
 ) -> None:
     """Train a tiny model on demonstrations (question, response), the loss on the response's tokens; save it to `path`.
 
-    A folder that is there is left as it is.
+    held_out: gives demonstrations, of which greedy decoding is to give a share of GREEDY; then the training ends before
+    `steps`. A folder that is there is left as it is.
     """
     if path.exists():
         return
     tokenizer = tiny_model.tokenizer()
     model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed)
-    rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    for _ in (line := trange(steps, desc=f"warm start of {path.name}", disable=None)):
-        questions, responses = zip(*demonstrations(rng, batch_size), strict=True)
+
+    def read(shown: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the responses' tokens, and the tokens, -100 beyond the end."""
+        questions, responses = zip(*shown, strict=True)
         prompts = tokenizer(list(questions), return_tensors="pt")["input_ids"]
         answers = tokenizer([text + END for text in responses], return_tensors="pt", padding=True, padding_side="right")
         logits = model(torch.cat([prompts, answers["input_ids"]], 1)).logits[:, prompts.shape[1] - 1 : -1]
-        labels = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
+        return logits, answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
+
+    def greedy(shown: list[tuple[str, str]]) -> float:
+        with torch.no_grad():
+            logits, labels = read(shown)
+        return ((logits.argmax(-1) == labels) | (labels == -100)).all(1).double().mean().item()
+
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    for step in (line := trange(steps, desc=f"warm start of {path.name}", disable=None)):
+        logits, labels = read(demonstrations(rng, batch_size))
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,6 +188,8 @@ def warm_start(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         line.set_postfix(loss=f"{loss.item():.3f}")
+        if held_out and step % 10 == 9 and greedy(held_out()) >= GREEDY:
+            break
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
@@ -138,4 +211,20 @@ TASKS = {
         max_tokens=length + 2,
     )
     for length in (32, 128)
+}
+TASKS |= {
+    name: Task(
+        functools.partial(_gym, name),
+        lambda answer: answer + END,
+        _equal,
+        functools.partial(
+            warm_start,
+            demonstrations=functools.partial(_gym, name),
+            steps=1500,
+            held_out=functools.partial(_gym, name, random.Random(0), 128, True),
+        ),
+        name,
+        max_tokens=36,
+    )
+    for name in GYM
 }
