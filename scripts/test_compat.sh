@@ -38,7 +38,7 @@ from verl_krpo.versions import WITH_PLUGINS, installed
 print("" if Version(installed("verl")) >= Version(WITH_PLUGINS) else "verl_krpo.plugin")
 PY
     )
-    "$python" scripts/check_verl_api.py "$site" && names=0 || names=$?
+    "$python" scripts/check_verl_api.py "$site" | tee "$work/$version.api" && names=0 || names=$?
     echo "$names" > "$work/$version.names"
     echo "[compat] verl $version${modules:+, VERL_USE_EXTERNAL_MODULES=$modules}"
     # From another folder: the checkout must not be imported in place of the wheel.

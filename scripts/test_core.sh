@@ -25,6 +25,6 @@ mkdir "$work/source"
 git ls-files -z verl_krpo pyproject.toml README.md LICENSE | xargs -0 cp --parents -t "$work/source"
 pip "$TORCH" numpy
 pip --no-deps --force-reinstall "$work/source"
-(cd tests && "$env/bin/python" -c 'import test_core; exec(test_core.CODE)')
+(cd tests && "$env/bin/python" -c 'import sys, test_core; exec(test_core.CODE)')
 pip pytest pytest-timeout hypothesis statsmodels mpmath omegaconf wrapt trl
 "$env/bin/pytest" -p no:cacheprovider tests/kalman tests/advantage tests/policy_loss tests/test_core.py tests/examples "$@"

@@ -81,6 +81,53 @@ def test_nothing_else_is_named(broken):
     assert {n.what for n in broken if not any(n.what.endswith(change[3]) for change in CHANGES)} == set()
 
 
+V1 = "        run_ppo(config, task_runner_class=TaskRunnerV1)\n"
+LEGACY = "        run_ppo(config, task_runner_class=TaskRunner)\n"
+
+
+def copy_that_refuses(folder, *starts):
+    """A verl whose main raises in place of starting these trainers, as its branch neo does for V1."""
+    shutil.copytree(api.unpacked(None, Path()), folder, copy_function=os.symlink)
+    main = folder / "trainer/main_ppo.py"
+    text = main.read_text()
+    main.unlink()
+    for start in starts:
+        assert start in text
+        text = text.replace(start, '        raise RuntimeError("this trainer is disabled: " "take the other")\n')
+    main.write_text(text)
+    return api.Verl(folder)
+
+
+def test_each_trainer_reaches_its_own_hooks():
+    verl = api.Verl(api.unpacked(None, Path()))
+    v1, legacy = api.trainers(verl)
+    assert (v1.name, legacy.name) == ("V1 trainer", "legacy trainer") and not v1.refusal and not legacy.refusal
+    for module, name in [*api.DOORS, ("verl.trainer.ppo.ray_trainer", "compute_advantage")]:
+        assert v1.reaches(verl, module, name) and legacy.reaches(verl, module, name)
+    for owner, other, module, name in (
+        (v1, legacy, "verl.trainer.ppo.v1.trainer_base", "PPOTrainer._load_checkpoint"),
+        (legacy, v1, "verl.trainer.ppo.ray_trainer", "RayPPOTrainer._load_checkpoint"),
+    ):
+        assert owner.reaches(verl, module, name) and not other.reaches(verl, module, name)
+
+
+def test_a_trainer_that_refuses_to_start_reaches_nothing(tmp_path):
+    verl = copy_that_refuses(tmp_path / "verl", V1)
+    v1, legacy = ways = api.trainers(verl)
+    assert v1.refusal == "this trainer is disabled: take the other" and legacy.refusal is None
+    assert not v1.reaches(verl, "verl.trainer.ppo.ray_trainer", "compute_advantage")
+    assert legacy.reaches(verl, "verl.trainer.ppo.ray_trainer", "compute_advantage")
+    assert not list(api.unreached(verl, ways))
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "V1 trainer refuses to start: this trainer is disabled" in done.stdout
+
+
+def test_names_that_are_there_help_nobody_where_no_trainer_starts(tmp_path):
+    verl = copy_that_refuses(tmp_path / "verl", V1, LEGACY)
+    missed = {need.what for need in api.unreached(verl, api.trainers(verl))}
+    assert {".".join(door) for door in api.DOORS} | {"verl.utils.config.validate_config"} <= missed
+
+
 def test_the_installed_verl_has_all_that_is_needed_and_is_not_imported():
     code = f"import runpy, sys; sys.argv = ['check', '--all']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     code = f"import atexit, sys; atexit.register(lambda: print('verl' in sys.modules, 'torch' in sys.modules)); {code}"

@@ -1,5 +1,6 @@
 """The examples of docs/examples: what a framework would call, on tensors of its shapes; by its own door where it is."""
 
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +30,13 @@ def log_probs(rows=4, tokens=7, seed=0):
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_an_example_is_short(path):
     assert len(path.read_text().splitlines()) <= 60
+
+
+def test_the_page_runs():
+    page = (EXAMPLES.parent / "without_verl.md").read_text()
+    first, included = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(compile(first, "without_verl.md", "exec"), {})
+    assert (EXAMPLES.parents[1] / included.split('"')[1]).is_file()
 
 
 # SkyRL
