@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 
-from verl_krpo.doctor import installation, job, nodes
+from verl_krpo.doctor import installation, nodes
 from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
 
 COLORS = {"ok": "green", "setting": "", "note": "cyan", "warning": "yellow", "failure": "bold red"}
@@ -15,6 +15,8 @@ def doctor(overrides: list[str], ray: bool = True, as_json: bool = False) -> int
     if ray and not exit_status(findings):
         findings += nodes.ask()
     if overrides and not exit_status(findings):
+        from verl_krpo.doctor import job  # the estimators: they may be what cannot be imported
+
         findings += job.look(overrides)
     if as_json:
         found = [asdict(finding) for finding in findings]
