@@ -108,4 +108,7 @@ BESIDE = {
 @pytest.mark.nightly
 @pytest.mark.parametrize("feature", BESIDE)
 def test_beside_verls_features(verl_job, feature):
-    check(verl_job(*JOB, *FILTERED, "algorithm.adv_estimator=grpo", *BESIDE[feature]))
+    weighed = ["+algorithm=krpo_adaptive", "algorithm.krpo_adaptive.weight=score"]
+    job = verl_job(*JOB, *FILTERED, *weighed, *BESIDE[feature])
+    check(job)
+    assert all(metrics["krpo/score_weight_cv"] > 0 for metrics in job.steps())
