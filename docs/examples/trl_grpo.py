@@ -19,15 +19,15 @@ class KrpoTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
-        rewards = (self._rewards * self.reward_weights.to(self._rewards.device)).nansum(dim=1)
+        rewards = (self._rewards.cpu() * self.reward_weights.cpu()).nansum(dim=1)
         size = self.num_generations if self.model.training else self.num_generations_eval
         log_prob = batch.get("old_per_token_logps")
         if log_prob is None:  # TRL leaves them out where a batch is used once
             with torch.no_grad():
                 log_prob = self._log_prob(self.model, batch)
         mode = "seq-mean-token-mean" if self.loss_type in ("grpo", "sapo") else "token-mean"
-        weights = self.accelerator.gather(score_weights(log_prob, _mask(batch), mode))
-        prompts, counted = torch.arange(len(rewards)) // size, ~self._rewards.isnan().all(dim=1)
+        weights = self.accelerator.gather(score_weights(log_prob, _mask(batch), mode)).cpu()
+        prompts, counted = torch.arange(len(rewards)) // size, ~self._rewards.cpu().isnan().all(dim=1)
         estimate = krpo_adaptive(rewards, prompts, AdaptiveConfig(), weights, counted)
         rows, rank = len(batch["advantages"]), self.accelerator.process_index
         batch["advantages"] = estimate.advantages()[rank * rows : (rank + 1) * rows].to(batch["advantages"])
