@@ -108,6 +108,17 @@ def test_a_policy_that_hides_plugins():
     assert "VERL_USE_EXTERNAL_PLUGINS=none" in done.stdout
 
 
+def test_where_verls_estimators_are_never_called(tmp_path):
+    (tmp_path / "rllm").mkdir()
+    (tmp_path / "rllm/__init__.py").write_text("raise RuntimeError('not to be imported')\n")
+    table = run_doctor("--no-ray", "--json", PYTHONPATH=str(tmp_path))  # another package of that name
+    (tmp_path / "rllm/trainer").mkdir()
+    trainer = run_doctor("--no-ray", "--json", PYTHONPATH=str(tmp_path))
+    before, after = ({f["check"]: f for f in json.loads(done.stdout)["findings"]} for done in (table, trainer))
+    assert "rllm" not in before and after["rllm"]["status"] == "warning" and trainer.returncode == 0
+    assert "no effect" in after["rllm"]["text"] and "rllm_krpo.py" in after["rllm"]["fix"]
+
+
 @pytest.mark.parametrize(
     ("version", "said"), [("0.8.0", "VERL_USE_EXTERNAL_MODULES=verl_krpo.plugin"), ("0.6.1", "too old")]
 )

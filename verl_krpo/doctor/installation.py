@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -28,7 +29,7 @@ def look() -> list[Finding]:
     """In the order of cause: what comes later is left out where an earlier failure decides it."""
     findings = [Finding("python", "ok", f"{sys.version.split()[0]} ({sys.executable})")]
     findings += [_package(*item) for item in versions.PACKAGES.items()]
-    findings += _verl() + [_entry_point()] + _policy()
+    findings += _verl() + [_entry_point()] + _policy() + _rllm()
     if exit_status(findings):
         return findings
     fresh = subprocess.Popen(
@@ -119,6 +120,17 @@ def _policy() -> list[Finding]:
         return []
     text = f"{EXTERNAL_PLUGINS}={os.environ[EXTERNAL_PLUGINS]} keeps verl from loading the plugin"
     return [Finding("plugin policy", "failure", text, "unset it, or add verl_krpo to its list", code=HIDDEN)]
+
+
+def _rllm() -> list[Finding]:
+    """rLLM drives verl, and computes advantages itself since its pull request 537. (There is another package rllm.)"""
+    spec = importlib.util.find_spec("rllm")  # of a top-level package it imports nothing
+    if spec is None or not any(Path(place, "trainer").is_dir() for place in spec.submodule_search_locations or ()):
+        return []
+    text = (
+        "jobs of rLLM never call verl's estimators: algorithm.adv_estimator=krpo has no effect there; losses are called"
+    )
+    return [Finding("rllm", "warning", text, "register krpo_adaptive with rLLM: docs/examples/rllm_krpo.py")]
 
 
 def _answer(process: subprocess.Popen) -> dict[str, Any]:
