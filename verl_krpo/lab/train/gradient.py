@@ -8,7 +8,8 @@ A model is held still while many batches are sampled. Every method sees the same
 
 both over RLOO's, with 95 % intervals over the batches (bootstrap, paired). A variance is shown of methods whose E g is
 the same, UNBIASED: what divides an advantage, or takes a part of its own reward away (opo, otb), scales signal and
-noise alike. (batch_mean takes away 1 / rows of it.)
+noise alike. (batch_mean takes away 1 / rows of it.) Of these the variance says more than the snr where the signal is
+small, and as uncertain.
 
 A tiny model is held still before, halfway through and after its training by RLOO. Of a pretrained one the gradient is
 that of its last LAYERS layers. Gradients are kept as sketches (`sketch`), a file a batch, and those that are there are
