@@ -229,6 +229,7 @@ def curve_rows(method, curves):
 
 RUNS = {  # folder of docs/results -> the second method that its table compares with
     "training": "grpo",
+    "training/controls": "krpo_adaptive",
     "training/recurring": "krpo_adaptive",
     "training/claims": "grpo",
     "training/parts": "krpo",
@@ -293,7 +294,7 @@ def test_the_readme_says_what_the_runs_say():
         ("GRPO", "grpo"),
         ("KRPO as", "krpo"),
         ("JSPO", "jspo"),
-        ("`krpo_adaptive`, the", "krpo_adaptive"),
+        ("`krpo_adaptive`", "krpo_adaptive"),
     ):
         cells = [
             f"{line['rollouts']:.2f} ({line['rollouts_low']:.2f} to {line['rollouts_high']:.2f})"

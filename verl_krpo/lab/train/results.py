@@ -21,7 +21,7 @@ from scipy import stats
 from verl_krpo.report import figure, tables
 from verl_krpo.report.intervals import Measured, bootstrapped, half_width, mean_and_half
 
-REFERENCES = ("batch_mean", "rloo", "reinforce")  # the first where groups are of one, the last of policy losses
+REFERENCES = ("rloo", "batch_mean", "reinforce")  # the second where groups are of one, the last of policy losses
 LEVEL_AFTER = 0.75  # of the reference's rollouts
 FEWEST_SEEDS = 5  # seeds that a bootstrap needs
 
