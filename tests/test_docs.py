@@ -255,3 +255,10 @@ def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
         prose = re.sub(r"<(script|style|code|pre)\b.*?</\1>", "", text, flags=re.DOTALL)
         assert not re.findall(r".{30}(?:\w_\{|\\[a-z]+).{30}", prose), f"{page}: a formula that is not rendered"
     assert (tmp_path / "site" / "index.html").read_text().count("<math") >= 6
+
+
+def test_which_variance_says_what_the_gradient_study_measured():
+    """Every figure with an interval is in one of the tables that the study wrote."""
+    figures = set(re.findall(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", (DOCS / "which_variance.md").read_text()))
+    measured = "".join(table.read_text() for table in (DOCS / "results" / "gradient").glob("*.md"))
+    assert figures and figures <= set(re.findall(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", measured))

@@ -1,7 +1,7 @@
 """What a response weighs in a baseline: the square of its score, |grad log pi(y)|^2, from log-probs that are there.
 
 With respect to the logits of one token, |grad log pi(y_t)|^2 = 1 - 2 pi_t + sum_k pi_k^2. The sampled token's own
-probability is enough (docs/which_variance.md has what the rest changes):
+probability is enough (docs/which_variance.md has both):
 
     w = sum_t (1 - pi_t)^2              over the observed tokens of the response
     w / T^2                             where the loss averages over a response's T tokens (seq-mean-token-mean)
