@@ -129,12 +129,16 @@ LEARNED = 0.25  # where their warm start ends, from the most frequent answer (0)
 
 @functools.cache
 def gym_problems(name: str) -> tuple[list[Problem], list[Problem]]:
-    """For training, and held out; questions are filled up with spaces on the left."""
+    """For training, and held out; questions are filled up with spaces on the left.
+
+    Of ASCII alone: the tiny model's tokens are bytes, and questions are to have as many.
+    """
     import reasoning_gym
 
     settings, question, answer = GYM[name]
     items = reasoning_gym.create_dataset(name, size=GYM_ITEMS, seed=0, **settings)
     problems = {question(item["metadata"]): answer(item["answer"]) for item in items}
+    problems = {asked: right for asked, right in problems.items() if asked.isascii() and right.isascii()}
     width = max(map(len, problems))
     splits: tuple[list[Problem], list[Problem]] = [], []
     for asked, right in problems.items():
