@@ -26,18 +26,24 @@ def test_demonstrations_to_learn_from_are_right():
         assert shown == f"<answer>{sum(map(int, question.strip().removesuffix('=').split('+')))}</answer>"
 
 
-def test_a_warm_start_ends_when_enough_is_learned(tmp_path):
-    shown = []
+@pytest.mark.parametrize(
+    ("held_out", "ends"),
+    [
+        ([("1=", "2"), ("3=", "4"), ("5=", "6"), ("7=", "8")], True),  # the first two are shown
+        ([("1=", "2"), ("9=", "2"), ("5=", "6"), ("7=", "8")], False),  # the most frequent answer alone is no knowledge
+    ],
+)
+def test_a_warm_start_ends_when_enough_is_learned(tmp_path, held_out, ends):
+    batches = []
 
     def demonstrations(rng, count):
-        shown.append(count)
-        return [("1=", "2")] * count
+        batches.append(count)
+        return [("1=", "2"), ("3=", "4")] if ends else [("1=", "2"), ("9=", "2")]
 
-    held_out = [("1=", "2"), ("5=", "6")]  # one of which is never shown
-    tasks.warm_start(tmp_path / "model", demonstrations, steps=200, batch_size=4, held_out=lambda: held_out)
-    assert 10 <= len(shown) < 150 and (tmp_path / "model" / "config.json").exists()
-    tasks.warm_start(tmp_path / "model", demonstrations, steps=200)  # it is there
-    assert set(shown) == {4}
+    tasks.warm_start(tmp_path / "model", demonstrations, steps=80, held_out=lambda: held_out)
+    assert (len(batches) < 80) == ends and (tmp_path / "model" / "config.json").exists()
+    tasks.warm_start(tmp_path / "model", demonstrations, steps=80)  # it is there
+    assert len(batches) <= 80
 
 
 RIGHT = {
@@ -56,7 +62,7 @@ def test_exercises_are_right_and_held_out_ones_never_shown(name):
     task = TASKS[name]
     held_out, seen = task.draw(random.Random(0), 20, True), tasks.gym_problems(name)[0]
     assert not set(held_out) & set(seen) and len(seen) > 1000
-    assert len({len(question) for question, _ in held_out + seen}) == 1
+    assert len({len(question.encode()) for question, _ in held_out + seen}) == 1  # a token a byte
     for question, answer in held_out:
         assert task.reward(answer, answer) == 1 and len(answer) + 1 < task.max_tokens
         if name in RIGHT:

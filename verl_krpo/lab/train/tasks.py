@@ -3,14 +3,15 @@
     sharpen     sums of two numbers, tiny_model.py's imperfect demonstrations: greedy decoding is right on nearly all
                 from the first look on, and training has to make the model prefer what it knows
     learn       the same sums, right demonstrations, stopped early: most are yet to be learned
-    products    and the others of GYM: exercises of Reasoning Gym, right demonstrations, stopped when greedy decoding
-                is right on one in four
+    products    and the others of GYM: exercises of Reasoning Gym, right demonstrations, stopped a quarter of the way
+                from the most frequent answer to all of them
     digits_32   32 digits, each of them plus one, modulo ten, and digits_128: long answers, of which three in ten are
                 right; the demonstrations have digits that are drawn anew
 
 Those of GYM need the package reasoning-gym (pip install verl-krpo[bench]).
 """
 
+import collections
 import functools
 import random
 import re
@@ -123,17 +124,21 @@ GYM = {
     "spell_backward": Exercise({"max_word_len": 7}, lambda facts: facts["word"]),
 }
 GYM_ITEMS = 8000  # drawn of each, some of them alike
-GREEDY = 0.25  # where their warm start ends
+LEARNED = 0.25  # where their warm start ends, from the most frequent answer (0) to all of them (1)
 
 
 @functools.cache
 def gym_problems(name: str) -> tuple[list[Problem], list[Problem]]:
-    """For training, and held out; questions are filled up with spaces on the left."""
+    """For training, and held out; questions are filled up with spaces on the left.
+
+    Of ASCII alone: the tiny model's tokens are bytes, and questions are to have as many.
+    """
     import reasoning_gym
 
     settings, question, answer = GYM[name]
     items = reasoning_gym.create_dataset(name, size=GYM_ITEMS, seed=0, **settings)
     problems = {question(item["metadata"]): answer(item["answer"]) for item in items}
+    problems = {asked: right for asked, right in problems.items() if asked.isascii() and right.isascii()}
     width = max(map(len, problems))
     splits: tuple[list[Problem], list[Problem]] = [], []
     for asked, right in problems.items():
@@ -155,8 +160,8 @@ def warm_start(
 ) -> None:
     """Train a tiny model on demonstrations (question, response), the loss on the response's tokens; save it to `path`.
 
-    held_out: gives demonstrations, of which greedy decoding is to give a share of GREEDY; then the training ends before
-    `steps`. A folder that is there is left as it is.
+    held_out: gives demonstrations; the training ends before `steps` when the share of them that greedy decoding gives
+    is LEARNED of the way from that of the most frequent response to 1. A folder that is there is left as it is.
     """
     if path.exists():
         return
@@ -176,7 +181,8 @@ def warm_start(
             logits, labels = read(shown)
         return ((logits.argmax(-1) == labels) | (labels == -100)).all(1).double().mean().item()
 
-    rng = random.Random(seed)
+    rng, shown = random.Random(seed), held_out() if held_out else []
+    frequent = max(collections.Counter(response for _, response in shown).values(), default=0) / max(1, len(shown))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     for step in (line := trange(steps, desc=f"warm start of {path.name}", disable=None)):
@@ -188,7 +194,7 @@ def warm_start(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         line.set_postfix(loss=f"{loss.item():.3f}")
-        if held_out and step % 10 == 9 and greedy(held_out()) >= GREEDY:
+        if shown and step % 10 == 9 and greedy(shown) >= frequent + LEARNED * (1 - frequent):
             break
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
