@@ -36,8 +36,8 @@ fi
 if [[ -z $MODEL_PATH ]]; then
     MODEL_PATH=runs/model/tiny
     export HF_HUB_OFFLINE=1
-    echo "[2/4] model: a tiny Qwen2, warm-started on two cores: about 30 s"
-    OMP_NUM_THREADS=2 "$python" -m verl_krpo tiny-model --out "$MODEL_PATH"   # nothing else runs yet
+    echo "[2/4] model: a tiny Qwen2, warm-started: about a minute"
+    "$python" -m verl_krpo tiny-model --out "$MODEL_PATH"   # two threads wait for each other on a busy machine: 4 x the time
 else
     echo "[2/4] model: $MODEL_PATH, as it is"
     [[ -d $MODEL_PATH ]] || "$python" -c 'import sys, huggingface_hub as hub; hub.snapshot_download(sys.argv[1])' "$MODEL_PATH"
