@@ -15,6 +15,7 @@ from verl_krpo.advantage import ESTIMATORS, settings_of
 from verl_krpo.config import KPO_AT, AdaptiveConfig, JspoConfig, KpoConfig, KrpoConfig, MemoryConfig, Weight, read
 from verl_krpo.doctor import data
 from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
+from verl_krpo.policy_loss import LOSSES
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 ESTIMATOR, LOSS = "algorithm.adv_estimator", f"{ACTOR}.policy_loss.loss_mode"
@@ -97,7 +98,7 @@ def reason(error: Exception) -> str:
     lines = [line.strip() for cause in (error, error.__cause__) if cause for line in str(cause).splitlines()]
     skipped = ("full_key:", "object_type=", "To append to your config")
     text = " / ".join(line for line in lines if line and not line.startswith(skipped))
-    for cls in (*(estimator.keys for estimator in ESTIMATORS.values()), KpoConfig):
+    for cls in (*(estimator.keys for estimator in ESTIMATORS.values()), *LOSSES.values()):
         if f"not in '{cls.__name__}'" in text:
             text += f" (keys: {', '.join(cls.__dataclass_fields__)})"
     return text
