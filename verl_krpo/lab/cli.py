@@ -117,7 +117,25 @@ def training(
 
     chosen = range(first_seed, first_seed + seeds)
     tasks = study.tasks(loop.CONDITIONS, conditions.split(","), loop.METHODS, methods.split(","), chosen)
-    print(study.study(out, loop.run, tasks, models, functools.partial(prepare, models), jobs, other, measure))
+    study.complete(out / "runs.csv", loop.run, tasks, models, functools.partial(prepare, models), jobs)
+    print(study.show(out / "runs.csv", other, measure))
+
+
+@study.command()
+def compare(
+    out: Out = Path("docs/results/compare"),
+    models: Models = MODELS,
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    gradients: Annotated[Path, typer.Option(help="Where study gradient wrote its CSVs of the same conditions.")] = Path(
+        "docs/results/gradient"
+    ),
+) -> None:
+    """The main table: every task, every estimator at its best rate, ten seeds (two to three hours of two cores)."""
+    import functools
+
+    from verl_krpo.lab.train import compare
+
+    print(compare.run(out, models, functools.partial(prepare, models), jobs, gradients))
 
 
 @study.command()

@@ -199,7 +199,8 @@ def test_a_study_resumes_and_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "execute", invented)
     for seeds in (range(2), range(3)):
         wanted = study.tasks(conditions.CONDITIONS, ["pairs"], METHODS, ["rloo", "grpo"], seeds)
-        text = study.study(tmp_path, loop.run, wanted, tmp_path, lambda condition: None, 1)
+        study.complete(tmp_path / "runs.csv", loop.run, wanted, tmp_path, lambda condition: None, 1)
+        text = study.show(tmp_path / "runs.csv")
     assert ran == [(method, seed) for seed in range(3) for method in ("rloo", "grpo")]
     assert len(text.splitlines()) == 4 and "| pairs" in text and "grpo" in text
     assert {path.name for path in tmp_path.iterdir()} >= {"runs.csv", "summary.csv", "curves.png", "differences.svg"}

@@ -1,4 +1,5 @@
-"""What a run is. A condition takes 64 rollouts a step, 32 where prompts recur and 128 off policy.
+"""What a run is. A condition takes 64 rollouts a step, 32 where prompts recur, and 128 off policy and in the
+table of compare.py.
 
 On policy a batch makes one Adam step of an unclipped gradient, so that Adam makes nothing of an advantage's overall
 scale, and methods are compared by what they say of one response against another. Off policy (calm, harsh) it is cut
@@ -6,7 +7,7 @@ into mini-batches, one Adam step each, and as in verl the gradient's norm is cli
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,9 +85,7 @@ CONDITIONS = {
         Condition("fours_kl_0.05", 16, 4, kl=0.05),
         Condition("fours_signed", 16, 4, noise="signed"),
         Condition("learn_pairs", 32, 2, "learn", steps=200),
-        Condition("learn_fours", 16, 4, "learn", steps=200),
         Condition("learn_eights", 8, 8, "learn", steps=200),
-        *(Condition(f"{task}_fours", 16, 4, task, steps=200) for task in GYM),
         Condition("recurring", 16, 2, pool=64, steps=80),
         Condition("recurring_flip", 16, 2, pool=64, steps=80, noise="flip", level=0.2),
         Condition("recurring_single", 32, 1, pool=64, steps=80),
@@ -97,4 +96,36 @@ CONDITIONS = {
         _off_policy("calm_long", "digits_128", 3e-4, 15),
         _off_policy("harsh_long", "digits_128", 1e-3, 20),
     )
+}
+
+
+def _compared(name: str, task: str, **fields: object) -> Condition:
+    return Condition(name, 32, 4, task, steps=100, **fields)
+
+
+# Of compare.py's table.
+COMPARED = {
+    condition.name: condition
+    for condition in (
+        _compared("sharpen", "sharpen"),
+        _compared("learn", "learn"),
+        _compared("learn_flip", "learn", noise="flip", level=0.2),
+        _compared("learn_signed", "learn", noise="signed"),
+        _compared("mixed", "mixed"),
+        _compared("mixed_recurring", "mixed", pool=256),
+        *(_compared(task, task) for task in GYM),
+    )
+}
+RATES = (5e-5, 1e-4, 2e-4)
+
+
+def at_rate(condition: str, rate: float) -> str:
+    """The name of one of COMPARED at a learning rate, as learn_lr_0.0002."""
+    return f"{condition}_lr_{rate:g}"
+
+
+CONDITIONS |= COMPARED | {
+    at_rate(name, rate): replace(condition, name=at_rate(name, rate), learning_rate=rate)
+    for name, condition in COMPARED.items()
+    for rate in RATES
 }

@@ -84,20 +84,12 @@ def tasks(
     return [Task(condition, method, seed) for seed in seeds for condition in chosen for method in of]
 
 
-def study(
-    out: Path,
-    run: Run,
-    wanted: list[Task],
-    models: Path,
-    prepare: Callable[[str], object],
-    jobs: int,
-    other: str = "grpo",
-    measure: str = "curve",
-) -> str:
-    """Run what OUT/runs.csv has not, on the models in `models` that `prepare` makes of a condition; then `show`."""
+def complete(
+    path: Path, run: Run, wanted: list[Task], models: Path, prepare: Callable[[str], object], jobs: int
+) -> None:
+    """Run what the CSV has not, on the models in `models` that `prepare` makes of a condition."""
     from rich.progress import MofNCompleteColumn, Progress
 
-    path = out / "runs.csv"
     if todo := missing(wanted, path):
         for condition in {task.condition for task in todo}:
             prepare(condition)
@@ -107,27 +99,34 @@ def study(
                 accuracy = row["curve"].rpartition(" ")[2]
                 progress.console.print(f"{row['condition']} {row['method']} seed {row['seed']}: {accuracy}")
                 progress.advance(bar)
-    return show(path, other, measure)
 
 
 def show(path: Path, other: str = "grpo", measure: str = "curve") -> str:
-    """Read a CSV of runs: write summary.csv, curves and differences beside it; the table as text.
+    """Read a CSV of runs, `write` what it says beside it; the table as text.
 
     other: a method that all are compared with besides their reference. measure: the column that is called accuracy in
     all of these, `curve` or another one of `loop.look`, which then go to a folder of its name.
     """
     from verl_krpo.lab.train import results
-    from verl_krpo.report import tables
 
     rows = finished(path)
     if not rows:
         raise ValueError(f"{path} holds no finished run")
+    out = path.parent
     if measure != "curve":
         if measure not in rows[0]:
             raise ValueError(f"{path} has no measure {measure}: its columns are {', '.join(rows[0])}")
-        rows, path = [row | {"curve": row[measure]} for row in rows], path.parent / measure / path.name
+        rows, out = [row | {"curve": row[measure]} for row in rows], out / measure
+    return results.as_table(write(out, rows, other))
+
+
+def write(out: Path, rows: list[dict], other: str = "grpo") -> list[dict]:
+    """summary.csv, curves and differences of runs; the summary's lines."""
+    from verl_krpo.lab.train import results
+    from verl_krpo.report import tables
+
     lines = results.summary(rows, other)
-    tables.write_csv(path.with_name("summary.csv"), lines)
-    results.draw_curves(rows, path.with_name("curves"))
-    results.draw_differences(lines, path.with_name("differences"))
-    return results.as_table(lines)
+    tables.write_csv(out / "summary.csv", lines)
+    results.draw_curves(rows, out / "curves")
+    results.draw_differences(lines, out / "differences")
+    return lines

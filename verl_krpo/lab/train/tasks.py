@@ -3,8 +3,9 @@
     sharpen     sums of two numbers, tiny_model.py's imperfect demonstrations: greedy decoding is right on nearly all
                 from the first look on, and training has to make the model prefer what it knows
     learn       the same sums, right demonstrations, stopped early: most are yet to be learned
-    products    and the others of GYM: exercises of Reasoning Gym, right demonstrations, stopped a quarter of the way
+    count_bits  and the others of GYM: exercises of Reasoning Gym, right demonstrations, stopped a quarter of the way
                 from the most frequent answer to all of them
+    mixed       sums that are nearly solved, differences to be learned and products that are nearly hopeless
     digits_32   32 digits, each of them plus one, modulo ten, and digits_128: long answers, of which three in ten are
                 right; the demonstrations have digits that are drawn anew
 
@@ -13,6 +14,7 @@ Those of GYM need the package reasoning-gym (pip install verl-krpo[bench]).
 
 import collections
 import functools
+import operator
 import random
 import re
 from collections.abc import Callable
@@ -70,6 +72,42 @@ def _answer_tag(text: str, answer: str) -> float:
     return answer_tag.compute_score("", text, answer)["score"]
 
 
+class Operation(NamedTuple):
+    """right: of how many of its demonstrations; shown: of ten."""
+
+    result: Callable[[int, int], int]
+    right: float
+    shown: int
+
+
+OPERATIONS = {  # of `mixed`, where each is asked one time in three
+    "+": Operation(operator.add, 0.93, 5),
+    "-": Operation(operator.sub, 0.33, 4),
+    "*": Operation(lambda a, b: a * b % 100, 0.25, 1),
+}
+
+
+def _mixed(rng: random.Random, count: int, held_out: bool = False, operations: str = "+-*") -> list[Problem]:
+    chosen = []
+    while len(chosen) < count:
+        a, b, sign = rng.randrange(100), rng.randrange(100), rng.choice(operations)
+        if is_test(f"{a:02}{sign}{b:02}") == held_out:
+            chosen.append(Problem(f"{a:02}{sign}{b:02}=", str(OPERATIONS[sign].result(a, b))))
+    return chosen
+
+
+def _careless_operations(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """A wrong one has a question mark too many, or another number."""
+    often = "".join(sign * operation.shown for sign, operation in OPERATIONS.items())
+
+    def shown(problem: Problem) -> str:
+        if rng.random() < OPERATIONS[problem.question[2]].right:
+            return problem.answer
+        return rng.choice((problem.answer + "?", str(int(problem.answer) + rng.choice((-10, -2, -1, 1, 2, 10)))))
+
+    return [(problem.question, shown(problem)) for problem in _mixed(rng, count, operations=often)]
+
+
 def _digits(length: int, rng: random.Random, count: int, held_out: bool = False) -> list[Problem]:
     shown = [rng.choices("0123456789", k=length) for _ in range(count)]
     return [Problem("".join(digits) + "=", "".join(str((int(d) + 1) % 10) for d in digits)) for digits in shown]
@@ -96,6 +134,15 @@ def _sorting(facts: dict) -> str:
     return facts["direction"][0] + ":" + ",".join(number.removesuffix(".0") for number in facts["original_numbers"])
 
 
+def _filtering(facts: dict) -> str:
+    kept, side = facts["operation"].split("_")
+    return f"{kept[0]}{side[0]}{facts['filter_value']}:{','.join(facts['original_numbers'])}"
+
+
+def _numbers(answer: str) -> str:
+    return re.sub(r"[\[\]' ]|\.0", "", answer)
+
+
 class Exercise(NamedTuple):
     """A dataset of Reasoning Gym: its settings, and question and answer in short, of an item's metadata and answer."""
 
@@ -105,22 +152,20 @@ class Exercise(NamedTuple):
 
 
 GYM = {
-    "products": Exercise({"max_digits": 2}, lambda facts: facts["expression"].replace(" ", "")),
-    "gcd": Exercise({"max_value": 99}, lambda facts: ",".join(map(str, facts["numbers"]))),
-    "base_conversion": Exercise(
-        {"max_value": 255, "max_base": 9},
-        lambda facts: f"{facts['source_repr']}:{facts['source_base']}>{facts['target_base']}",
-    ),
-    "letter_counting": Exercise(
-        {"min_words": 2, "max_words": 3}, lambda facts: f"{facts['target_letter']}:{' '.join(facts['span'])}"
-    ),
     "number_sorting": Exercise(
-        {"max_numbers": 4, "max_decimals": 0, "min_value": -99, "max_value": 99},
+        {"max_numbers": 3, "max_decimals": 0, "min_value": -99, "max_value": 99},
         _sorting,
-        lambda answer: re.sub(r"[\[\]' ]|\.0", "", answer),
+        _numbers,
     ),
-    "caesar_cipher": Exercise({"min_words": 1, "max_words": 4}, lambda facts: facts["cipher_text"]),
+    "caesar_cipher": Exercise({"min_words": 1, "max_words": 2}, lambda facts: facts["cipher_text"]),
     "count_bits": Exercise({"max_n": 65_535}, lambda facts: str(facts["number"])),
+    "number_filtering": Exercise(
+        {"min_numbers": 2, "max_numbers": 3, "max_decimals": 0, "min_value": -99, "max_value": 99}, _filtering, _numbers
+    ),
+    "chain_sum": Exercise(
+        {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+        lambda facts: facts["expression"].replace(" ", ""),
+    ),
     "spell_backward": Exercise({"max_word_len": 7}, lambda facts: facts["word"]),
 }
 GYM_ITEMS = 8000  # drawn of each, some of them alike
@@ -204,6 +249,13 @@ TASKS = {
     "sharpen": Task(_sums, _tagged, _answer_tag, tiny_model.build, "tiny"),
     "learn": Task(
         _sums, _tagged, _answer_tag, functools.partial(warm_start, demonstrations=_right_sums, steps=240), "learn"
+    ),
+    "mixed": Task(
+        _mixed,
+        lambda answer: answer + END,
+        _equal,
+        functools.partial(warm_start, demonstrations=_careless_operations, steps=700),
+        "mixed",
     ),
 } | {
     f"digits_{length}": Task(

@@ -1,0 +1,85 @@
+"""The main table's measures against scipy and by hand, and the study in small, its runs invented."""
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats
+
+from verl_krpo.lab.train import compare, study
+from verl_krpo.lab.train.conditions import COMPARED, RATES
+
+
+def test_a_score_is_the_part_learned_of_what_there_was_to_learn():
+    assert compare.score("0.2 0.9 0.6") == pytest.approx(0.5)
+    assert compare.score("0.2 0.1") == pytest.approx(-0.125)
+
+
+def test_measures_over_tasks_and_seeds():
+    rng = np.random.default_rng(0)
+    own, other = rng.normal(0.3, 1, (3, 8)).round(1), rng.normal(0, 1, (3, 8)).round(1)  # with ties
+    found = compare.probability_of_improvement(own, other)
+    by_scipy = [stats.mannwhitneyu(*pair).statistic / 64 for pair in zip(own, other, strict=True)]
+    assert found.value == pytest.approx(np.mean(by_scipy)) and found.low < found.value < found.high
+    assert compare.probability_of_improvement(own, own).value == 0.5
+    middle = np.sort(own, axis=None)[6:18]  # 24 scores, a quarter cut off at either end
+    assert compare.interquartile_mean(own).value == pytest.approx(middle.mean())
+
+
+def test_seeds_are_drawn_within_their_task():
+    scores = np.arange(3)[:, None] * 10 + np.arange(4)[None] / 10
+    drawn = compare._resampled(scores, np.random.default_rng(0))
+    assert (drawn // 10 == np.arange(3)[None, :, None]).all()
+    assert drawn.std(0).min() > 0
+
+
+def invented(condition, method, seed):
+    """A line of the CSV: krpo is best at the second rate and equals rloo there, all others at the first."""
+    rate = float(condition.rpartition("_lr_")[2])
+    best = RATES[1] if method == "krpo" else RATES[0]
+    end = 0.5 + seed / 1000 + (rate == best) * 0.1 + (method == "none") * 0.02
+    row = {"condition": condition, "method": method, "seed": seed, "learning_rate": rate, "rollouts": 640}
+    return row | {"curve": f"0.2 0.3 {end}", "greedy": f"0.2 {end}", "pass8": "0.2 0.9", "entropy": "0.5 0.4"}
+
+
+def test_each_method_is_compared_at_its_best_rate(monkeypatch, tmp_path):
+    monkeypatch.setattr("rich.progress.Progress.console", Console(file=io.StringIO()), raising=False)
+    ran = []
+
+    def execute(run, tasks, models, path, jobs):
+        for task in tasks:
+            ran.append(task)
+            study.append(path, row := invented(*task))
+            yield row
+
+    monkeypatch.setattr(study, "execute", execute)
+    gradients = tmp_path / "gradient"
+    gradients.mkdir()
+    for name, condition in COMPARED.items():
+        (gradients / f"{name}_{condition.steps // 2}.csv").write_text(
+            "method,snr\nnone,2\nrloo,1\nkrpo,1\nbatch_mean,1\ngrpo,1\n"
+        )
+    text = compare.run(tmp_path, tmp_path, lambda condition: None, 1, gradients)
+    count = len(compare.METHODS) * len(COMPARED) + len(compare.OF_RECURRING)
+    in_rates = len(compare.METHODS) * len(compare.FOR_RATES) + len(compare.OF_RECURRING)
+    assert len(ran) == len(set(ran)) == count * compare.SEEDS + in_rates * len(RATES)
+    assert {t.condition for t in ran if t.method == "krpo" and t.seed == 3 and "learn_lr" in t.condition} == {
+        f"learn_lr_{RATES[1]:g}"
+    }
+    overall, tasks, recurring, agreement = text.split("\n\n")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in overall.splitlines()[2:]]
+    assert lines[0][0] == "none" and lines[1][-2].startswith("0.500")
+    assert {line[0]: line[1] for line in lines}["krpo"] == f"{RATES[1]:g}"
+    assert "+0.020 ± 0.000" in tasks and "krpo_memory_score" in recurring and "+1.00" in agreement
+    assert {path.name for path in tmp_path.iterdir()} >= {"overall.md", "overall.csv", "tasks.md", "curves.png"}
+    again = len(ran)
+    compare.run(tmp_path, tmp_path, lambda condition: None, 1, gradients)
+    assert len(ran) == again
+
+
+def test_a_study_that_is_not_ended_is_not_shown_as_one(tmp_path):
+    rates = dict.fromkeys(compare.METHODS + compare.OF_RECURRING, RATES[0])
+    rows = [invented(*task) for task in compare.for_table(rates)][:-1]
+    with pytest.raises(ValueError, match="not as many seeds"):
+        compare.overall(compare.of_table(rows, rates), rates)

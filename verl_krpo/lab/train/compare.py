@@ -1,0 +1,214 @@
+"""The main table: every task of COMPARED under every estimator, each at the best of three learning rates.
+
+    rates    every method on FOR_RATES, one task of every kind, at each of RATES and on one seed of its own; it keeps the
+             rate whose runs score highest, mean over these tasks
+    table    the same on SEEDS other seeds at that rate, paired
+
+A run's score is the part that it has learned of what there was to learn, (end - start) / (1 - start), where end and
+start are accuracies of the held-out questions. Over tasks and seeds, as rliable defines them (arXiv 2108.13264):
+
+    IQM       mean of the middle half of all scores
+    P(X > Y)  probability that a run of X scores higher than one of Y, of the same task, other seeds among them;
+              half of a tie; mean over the tasks
+
+with 95 % intervals by the bootstrap, which draws seeds anew within each task. Beside them the paired differences to
+RLOO, task by task, and how the ranking agrees with that by the signal-to-noise ratio of the gradient.
+"""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from verl_krpo.lab.train import study
+from verl_krpo.lab.train.conditions import COMPARED, CONDITIONS, RATES, at_rate
+from verl_krpo.report import intervals, tables
+
+METHODS = ("rloo", "none", "batch_mean", "grpo", "opo", "otb", "jspo", "krpo", "krpo_adaptive", "krpo_adaptive_score")
+OF_RECURRING = ("spo", "dbb", "krpo_memory", "krpo_memory_score")
+REFERENCE = "rloo"
+FOR_RATES = ("sharpen", "learn", "mixed_recurring", "number_sorting")
+RATE_SEED = 100
+SEEDS = 10
+RESAMPLES = 2000
+MEASURES = {"curve": "accuracy", "greedy": "greedy", "pass8": "pass@8"}
+
+
+def methods(condition: str) -> tuple[str, ...]:
+    return METHODS + (OF_RECURRING if CONDITIONS[condition].pool else ())
+
+
+def for_rates() -> list[study.Task]:
+    """On one task of every kind."""
+    return [
+        study.Task(at_rate(condition, rate), method, RATE_SEED)
+        for condition in FOR_RATES
+        for rate in RATES
+        for method in methods(condition)
+    ]
+
+
+def for_table(rates: dict[str, float]) -> list[study.Task]:
+    """Seed by seed, so that an interrupted study is balanced."""
+    return [
+        study.Task(at_rate(condition, rates[method]), method, seed)
+        for seed in range(SEEDS)
+        for condition in COMPARED
+        for method in methods(condition)
+    ]
+
+
+def score(curve: str) -> float:
+    """The part learned of what there was to learn, of the values of a curve."""
+    values = curve.split()
+    start, end = float(values[0]), float(values[-1])
+    return (end - start) / (1 - start)
+
+
+def best_rates(rows: list[dict]) -> dict[str, float]:
+    """Method -> the rate of RATES with the highest mean score over the tasks, of the runs of RATE_SEED."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        if int(row["seed"]) == RATE_SEED:
+            rates = found.setdefault(row["method"], {})
+            rates.setdefault(float(row["learning_rate"]), []).append(score(row["curve"]))
+    return {method: max(rates, key=lambda rate: np.mean(rates[rate])) for method, rates in found.items()}
+
+
+def of_table(rows: list[dict], rates: dict[str, float]) -> list[dict]:
+    """The lines of the table's runs, their conditions without the rate."""
+    kept = [row for row in rows if int(row["seed"]) < SEEDS and float(row["learning_rate"]) == rates[row["method"]]]
+    return [row | {"condition": row["condition"].rpartition("_lr_")[0]} for row in kept]
+
+
+def matrix(rows: list[dict], method: str, measure: str = "curve") -> np.ndarray:
+    """Scores (tasks, seeds) of a method; ValueError where a task has fewer seeds than another."""
+    scores: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["method"] == method:
+            scores.setdefault(row["condition"], {})[int(row["seed"])] = score(row[measure])
+    if len({len(seeds) for seeds in scores.values()}) > 1:
+        raise ValueError(f"{method} has not as many seeds in every task: run the study to its end")
+    return np.array([list(seeds.values()) for seeds in scores.values()])
+
+
+def _resampled(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(RESAMPLES, tasks, seeds): seeds drawn anew within each task."""
+    chosen = rng.integers(scores.shape[1], size=(RESAMPLES, *scores.shape))
+    return np.take_along_axis(scores[None], chosen, axis=2)
+
+
+def interquartile_mean(scores: np.ndarray) -> intervals.Measured:
+    """Of scores (tasks, seeds)."""
+    drawn = _resampled(scores, np.random.default_rng(0)).reshape(RESAMPLES, -1)
+    value = stats.trim_mean(scores, 0.25, axis=None)
+    return intervals.Measured(float(value), *intervals.middle(stats.trim_mean(drawn, 0.25, axis=1)))
+
+
+def _improvement(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Of scores (..., tasks, seeds): (...)."""
+    difference = own[..., :, None] - other[..., None, :]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean((-1, -2, -3))
+
+
+def probability_of_improvement(own: np.ndarray, other: np.ndarray) -> intervals.Measured:
+    """P(own > other) of scores (tasks, seeds) each."""
+    rng = np.random.default_rng(0)
+    drawn = _improvement(_resampled(own, rng), _resampled(other, rng))
+    return intervals.Measured(float(_improvement(own, other)), *intervals.middle(drawn))
+
+
+def overall(rows: list[dict], rates: dict[str, float]) -> list[dict]:
+    """One line a method, over all tasks."""
+    reference, lines = matrix(rows, REFERENCE), []
+    for method in METHODS:
+        line = {"method": method, "rate": rates[method]}
+        for measure, name in MEASURES.items():
+            line |= _columns(name, interquartile_mean(matrix(rows, method, measure)))
+        line |= _columns("better", probability_of_improvement(matrix(rows, method), reference))
+        ends = [float(row["entropy"].split()[-1]) for row in rows if row["method"] == method]
+        lines.append(line | {"entropy": float(np.mean(ends))})
+    return sorted(lines, key=lambda line: -line["accuracy"])
+
+
+def _columns(name: str, found: intervals.Measured) -> dict[str, float]:
+    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def overall_table(lines: list[dict]) -> str:
+    def cell(line: dict, name: str) -> str:
+        return f"{line[name]:.3f} ({line[f'{name}_low']:.3f} to {line[f'{name}_high']:.3f})"
+
+    header = ["method", "learning rate", *(f"{name}, IQM" for name in MEASURES.values()), "P(better than RLOO)"]
+    return tables.table(
+        [*header, "entropy"],
+        [
+            [line["method"], f"{line['rate']:g}", *(cell(line, name) for name in (*MEASURES.values(), "better"))]
+            + [f"{line['entropy']:.3f}"]
+            for line in lines
+        ],
+    )
+
+
+def task_table(summary: list[dict], conditions: Iterable[str], shown: tuple[str, ...]) -> str:
+    """RLOO's accuracy at the end, and the paired differences to it, a line a task."""
+    found = {(line["condition"], line["method"]): line for line in summary}
+
+    def cell(task: str, method: str) -> str:
+        line = found[task, method]
+        return f"{line['difference']:+.3f} ± {line['difference_half']:.3f}"
+
+    others = [method for method in shown if method != REFERENCE]
+    lines = [
+        [task, f"{found[task, REFERENCE]['accuracy']:.3f}", *(cell(task, method) for method in others)]
+        for task in conditions
+    ]
+    return tables.table(["task", "RLOO", *others], lines)
+
+
+def agreement(summary: list[dict], gradients: Path) -> str:
+    """Spearman's correlation over the methods, a line a task: snr of the gradient halfway, and accuracy at the end."""
+    lines = []
+    for task in COMPARED:
+        path = gradients / f"{task}_{CONDITIONS[task].steps // 2}.csv"
+        with path.open(newline="") as file:
+            snr = {row["method"]: float(row["snr"]) for row in csv.DictReader(file)}
+        ends = {line["method"]: line["difference"] for line in summary if line["condition"] == task}
+        both = [method for method in METHODS if method in snr and method in ends]
+        by_snr, by_training = (sorted(both, key=lambda method: -of[method]) for of in (snr, ends))
+        rank = stats.spearmanr([snr[m] for m in both], [ends[m] for m in both])
+        lines.append([task, f"{rank.statistic:+.2f}", ", ".join(by_snr[:3]), ", ".join(by_training[:3])])
+    return tables.table(["task", "rank correlation", "first three by snr", "by training"], lines)
+
+
+def run(out: Path, models: Path, prepare, jobs: int, gradients: Path) -> str:
+    """Run what OUT/runs.csv has not; write overall, tasks, recurring and, where GRADIENTS is, agreement beside it."""
+    from verl_krpo.lab.train import loop
+
+    path = out / "runs.csv"
+    study.complete(path, loop.run, for_rates(), models, prepare, jobs)
+    study.complete(path, loop.run, for_table(best_rates(study.finished(path))), models, prepare, jobs)
+    return show(out, gradients)
+
+
+def show(out: Path, gradients: Path) -> str:
+    """The tables of what OUT/runs.csv has, written beside it."""
+    rows = study.finished(out / "runs.csv")
+    rates = best_rates(rows)
+    rows = of_table(rows, rates)
+    summary = study.write(out, rows)
+    lines = overall(rows, rates)
+    tables.write_csv(out / "overall.csv", lines)
+    recurring = tuple(task for task in COMPARED if CONDITIONS[task].pool)
+    texts = {
+        "overall": overall_table(lines),
+        "tasks": task_table(summary, COMPARED, METHODS),
+        "recurring": task_table(summary, recurring, (REFERENCE, *OF_RECURRING)),
+    }
+    if gradients.exists():
+        texts["agreement"] = agreement(summary, gradients)
+    for name, text in texts.items():
+        (out / f"{name}.md").write_text(text + "\n")
+    return "\n\n".join(texts.values())
