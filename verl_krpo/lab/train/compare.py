@@ -1,7 +1,7 @@
 """The main table: every task of COMPARED under every estimator, each at the best of three learning rates.
 
-    rates    every method on FOR_RATES, one task of every kind, at each of RATES and on one seed of its own; it keeps the
-             rate whose runs score highest, mean over these tasks
+    rates    every method on FOR_RATES, one task of every kind, at each of RATES on a seed of its own; it keeps the rate
+             whose runs score highest, mean over these tasks
     table    the same on SEEDS other seeds at that rate, paired
 
 A run's score is the part that it has learned of what there was to learn, (end - start) / (1 - start), where end and
