@@ -257,8 +257,14 @@ def test_the_site_builds_strictly_and_loads_nothing(tmp_path):
     assert (tmp_path / "site" / "index.html").read_text().count("<math") >= 6
 
 
-def test_which_variance_says_what_the_gradient_study_measured():
-    """Every figure with an interval is in one of the tables that the study wrote."""
-    figures = set(re.findall(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", (DOCS / "which_variance.md").read_text()))
-    measured = "".join(table.read_text() for table in (DOCS / "results" / "gradient").glob("*.md"))
-    assert figures and figures <= set(re.findall(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", measured))
+STUDIED = re.compile(r"[+-]0\.\d{3} ± 0\.\d{3}|\d\.\d{2,3} \(\d\.\d{2,3} to \d\.\d{2,3}\)")
+IN_VERL = re.compile(r"[+-]0\.\d{3} ±0\.\d{3}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_figures_quoted_from_studies_and_verl_are_in_their_tables(page):
+    """Every difference and measure with its interval: of studies in a table beside a CSV, of verl in a printed one."""
+    text, studies = page.read_text(), "".join(table.read_text() for table in (DOCS / "results").rglob("*.md"))
+    assert set(STUDIED.findall(text)) <= set(STUDIED.findall(studies))
+    if "laboratory.md#in-verl" in text:
+        assert set(IN_VERL.findall(text)) <= set(IN_VERL.findall("".join(blocks(DOCS / "laboratory.md", "text"))))

@@ -1,6 +1,8 @@
 """The main table's measures against scipy and by hand, and the study in small, its runs invented."""
 
 import io
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from scipy import stats
 
 from verl_krpo.lab.train import compare, study
 from verl_krpo.lab.train.conditions import COMPARED, RATES
+
+RESULTS = Path(__file__).parents[3] / "docs" / "results"
 
 
 def test_a_score_is_the_part_learned_of_what_there_was_to_learn():
@@ -83,3 +87,11 @@ def test_a_study_that_is_not_ended_is_not_shown_as_one(tmp_path):
     rows = [invented(*task) for task in compare.for_table(rates)][:-1]
     with pytest.raises(ValueError, match="not as many seeds"):
         compare.overall(compare.of_table(rows, rates), rates)
+
+
+@pytest.mark.skipif(not (RESULTS / "compare").exists(), reason="not measured")
+def test_the_main_table_of_the_pages_says_what_its_runs_say(tmp_path):
+    shutil.copy(RESULTS / "compare" / "runs.csv", tmp_path)
+    compare.show(tmp_path, RESULTS / "gradient")
+    for name in ("overall", "tasks", "recurring", "agreement"):
+        assert (RESULTS / "compare" / f"{name}.md").read_text() == (tmp_path / f"{name}.md").read_text()

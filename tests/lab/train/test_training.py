@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import random
-import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -205,7 +203,9 @@ def test_a_study_resumes_and_reports(tmp_path, monkeypatch):
     assert len(text.splitlines()) == 4 and "| pairs" in text and "grpo" in text
     assert {path.name for path in tmp_path.iterdir()} >= {"runs.csv", "summary.csv", "curves.png", "differences.svg"}
     greedy = study.show(tmp_path / "runs.csv", measure="greedy")
-    assert (tmp_path / "greedy" / "summary.csv").exists() and "0.900" in greedy and "0.900" not in text
+    assert (tmp_path / "table.md").read_text() == text + "\n"
+    assert (tmp_path / "greedy" / "table.md").read_text() == greedy + "\n"
+    assert "0.900" in greedy and "0.900" not in text
     with pytest.raises(ValueError, match="no measure beauty"):
         study.show(tmp_path / "runs.csv", measure="beauty")
     with pytest.raises(ValueError, match="no method dapo"):
@@ -228,44 +228,29 @@ def curve_rows(method, curves):
     return [line | {"seed": str(k), "curve": " ".join(map(str, curve))} for k, curve in enumerate(curves)]
 
 
-RUNS = {  # folder of docs/results -> the second method that its table compares with
-    "training": "grpo",
-    "training/controls": "krpo_adaptive",
-    "training/recurring": "krpo_adaptive",
-    "training/claims": "grpo",
-    "training/parts": "krpo",
-    "training/others": "grpo",
-    "training/value": "krpo_adaptive",
-    "training/grid": "krpo",
-    "training/rates": "grpo",
-    "training/tuned": "grpo",
-    "off_policy": "vanilla",
-    "off_policy/wide": "gspo_clip0.004",
-    "off_policy/long": "kpo",
-}
-DIFFERENCE = r"[+-]0\.\d{3} ± 0\.\d{3}"
-ROLLOUTS = r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)"
+RESULTS = ROOT / "docs" / "results"
+TABLES = [path.parent for path in sorted(RESULTS.rglob("summary.csv")) if path.parent.name != "compare"]
 
 
-def test_the_page_of_claims_says_what_the_runs_say(tmp_path):
-    """Its tables are what the command makes of the runs in the repository; every difference it names is from there."""
-    page, tables = (ROOT / "docs/claims.md").read_text(), []
-    for folder, other in RUNS.items():
-        (tmp_path / folder).mkdir(parents=True)
-        shutil.copy(ROOT / "docs/results" / folder / "runs.csv", tmp_path / folder)
-        tables.append(study.show(tmp_path / folder / "runs.csv", other))
-        assert tables[-1] in page, folder
-    for row in study.finished(ROOT / "docs/results/gradient/gradient.csv"):
-        tables.append(
-            "{:.2f} ({:.2f} to {:.2f})".format(*(float(v) for k, v in row.items() if k.startswith("to_rloo")))
-        )
-    for figure in (DIFFERENCE, ROLLOUTS):
-        told = re.findall(figure, page + (ROOT / "README.md").read_text())
-        assert set(told) <= set(re.findall(figure, "".join(tables)))
+@pytest.mark.parametrize("folder", TABLES, ids=lambda folder: str(folder.relative_to(RESULTS)))
+def test_a_table_of_the_pages_says_what_its_runs_say(folder):
+    """The table that the study writes of them today; of a measure the folder above has the runs."""
+    if (folder / "runs.csv").exists():
+        rows = study.finished(folder / "runs.csv")
+    else:
+        rows = [row | {"curve": row[folder.name]} for row in study.finished(folder.parent / "runs.csv")]
+    other = study.finished(folder / "summary.csv")[0]["other"]
+    assert (folder / "table.md").read_text() == results.as_table(results.summary(rows, other)) + "\n"
 
 
-def test_the_page_of_claims_says_what_the_runs_in_verl_say():
-    page = (ROOT / "docs/claims.md").read_text()
+def test_every_table_of_runs_is_on_the_page_of_the_laboratory():
+    page = (ROOT / "docs/laboratory.md").read_text()
+    missing = [folder for folder in TABLES if f'--8<-- "{(folder / "table.md").relative_to(ROOT)}"' not in page]
+    assert TABLES and not missing
+
+
+def test_the_page_of_the_laboratory_says_what_the_runs_in_verl_say():
+    page = (ROOT / "docs/laboratory.md").read_text()
     runs = [curves.read(folder) for folder in sorted((ROOT / "docs/results/verl").iterdir())]
     for method in ("rloo", "krpo_adaptive"):
         console = Console(file=io.StringIO(), width=80, color_system=None)
@@ -285,7 +270,8 @@ def test_the_page_of_claims_says_how_large_advantages_are():
     (krpo, grpo) = ([size(condition, method) for condition in ("pairs", "fours")] for method in ("krpo", "grpo"))
     said = f"KRPO {krpo[0]:.2f} and {krpo[1]:.2f}, GRPO {grpo[0]:.2f} and {grpo[1]:.2f}"
     times = f"it is {(krpo[0] / grpo[0]) ** 2:.0f} and {(krpo[1] / grpo[1]) ** 2:.0f} times GRPO's"
-    assert f"| {said} | no: {times}" in (ROOT / "docs/claims.md").read_text()
+    page = (ROOT / "docs/claims.md").read_text()
+    assert said in page and times in page
 
 
 def test_the_readme_says_what_the_runs_say():
