@@ -83,7 +83,7 @@ def test_equals_a_dense_gaussian_over_all_visits(seed, memory_var, weighted):
         for label in labels:
             prompts_seen.setdefault(label, DenseGaussian()).arrive(step, ratio, init_var)
         predicted = {label: prompts_seen[label].state() for label in labels}
-        foretold = np.stack(memory.forecast(labels, step, memory_var), axis=1)
+        foretold = np.stack(memory.forecast(labels, step, memory_var)[:2], axis=1)
         states = [(0.0, 0.0) if first else predicted[label] for label in labels]
         assert foretold == pytest.approx(np.array([(level + mean, var**0.5) for mean, var in states]), abs=1e-10)
         mine = {label: rewards.numpy()[prompts == label] for label in labels}

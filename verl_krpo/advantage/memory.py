@@ -70,6 +70,15 @@ class Visits(NamedTuple):
         return kept.sqrt() * self.deviation, torch.where(self.known, init_var - kept * (init_var - self.var), init_var)
 
 
+class Forecast(NamedTuple):
+    """Of prompts before a visit: L + d ~ N(mean, std^2), (groups,), and the range [low, high] of the rewards so far."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    low: float
+    high: float
+
+
 def _zeros(dtype: type, *shape: int) -> Any:
     return field(default_factory=lambda: np.zeros(shape, dtype))
 
@@ -158,17 +167,18 @@ class PromptMemory:
         age = torch.where(torch.from_numpy(known), step - column(self.visited), 0)
         return Visits(torch.from_numpy(known), age, column(self.deviation), column(self.var))
 
-    def forecast(self, prompts: Iterable, step: int, memory_var: float | str = AUTO) -> tuple[np.ndarray, np.ndarray]:
-        """What each of these prompts (groups,) earns at `step`: mean and standard deviation of L + d, (groups,).
+    def forecast(self, prompts: Iterable, step: int, memory_var: float | str = AUTO) -> Forecast:
+        """What each of these prompts (groups,) earns at `step`; a new one has the prior N(L, P0).
 
-        A new prompt has the prior N(L, P0). Until a step had two groups nothing tells prompts apart: all have N(L, 0).
+        Until a step had two groups nothing tells prompts apart: all have N(L, 0).
         """
         visits, model = self.recall(prompts, step), self.model(memory_var)
+        low, high = (self.lowest, self.highest) if self.lowest <= self.highest else (self.level, self.level)
         if model is None:
-            return np.full(len(visits.age), self.level), np.zeros(len(visits.age))
+            return Forecast(np.full(len(visits.age), self.level), np.zeros(len(visits.age)), low, high)
         init_var = model.numbers()[3]
         deviation, var = visits.predict(self.ratio(memory_var, init_var), init_var)
-        return self.level + deviation.numpy(), var.sqrt().numpy()
+        return Forecast(self.level + deviation.numpy(), var.sqrt().numpy(), low, high)
 
     def store(self, prompts: Iterable, step: int, deviation: torch.Tensor, var: torch.Tensor) -> "PromptMemory":
         """A memory in which the states of prompt ids (groups,) after `step` are these."""

@@ -136,7 +136,7 @@ class Memory:
     def predict(self, prompts, step):
         if self.memory.model() is None:
             return np.full(len(prompts), UNKNOWN[0]), np.full(len(prompts), UNKNOWN[1])
-        mean, std = self.memory.forecast(prompts, step)
+        mean, std, _, _ = self.memory.forecast(prompts, step)
         return mean, std**2
 
     def update(self, prompts, step, right, total):
