@@ -12,9 +12,21 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from verl_krpo.advantage import ESTIMATORS, settings_of
-from verl_krpo.config import KPO_AT, AdaptiveConfig, JspoConfig, KpoConfig, KrpoConfig, MemoryConfig, Weight, read
+from verl_krpo.config import (
+    KPO_AT,
+    AdaptiveConfig,
+    Choice,
+    JspoConfig,
+    KpoConfig,
+    KrpoConfig,
+    MemoryConfig,
+    Objective,
+    Weight,
+    read,
+)
 from verl_krpo.doctor import data
 from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
+from verl_krpo.plugin import next_batch
 from verl_krpo.policy_loss import LOSSES
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -117,6 +129,10 @@ def _remembers(settings: Any) -> bool:
     return isinstance(settings, MemoryConfig)
 
 
+def _selects(settings: Any) -> bool:
+    return _remembers(settings) and settings.select == Choice.signal
+
+
 def _weighs(settings: Any) -> bool:
     return getattr(settings, "weight", Weight.none) != Weight.none
 
@@ -166,6 +182,27 @@ OF_ESTIMATORS = (
     Caveat(
         lambda c, own: c.actor_rollout_ref.rollout.multi_turn.enable,
         f"{ROLLOUT}.multi_turn", "note", "a session counts once, by its final output; tool tokens are masked",
+    ),
+    Caveat(
+        lambda c, own: _selects(own) and own.objective == Objective.signal,
+        "algorithm.krpo_memory.select", "note",
+        "{value}: prompts that are expected to teach nothing are left out until the forecast is unsure of them, so "
+        "training is on other prompts than the data hold; objective=same weighs them so that it is not",
+    ),
+    Caveat(
+        lambda c, own: _selects(own) and own.objective == Objective.same,
+        "algorithm.krpo_memory.objective", "note",
+        "{value}: advantages are multiplied by up to 10; krpo/effective_prompts says how many prompts a step is worth",
+    ),
+    Caveat(
+        lambda c, own: _remembers(own) and own.allocate == Choice.signal,
+        "algorithm.krpo_memory.allocate", "note",
+        "{value}: prompts get 1 response or more, rollout.n on average; advantages are multiplied by rollout.n over it",
+    ),
+    Caveat(
+        lambda c, own: _remembers(own) and own.chooses and c.algorithm.use_kl_in_reward,
+        "algorithm.use_kl_in_reward", "warning",
+        "what a prompt teaches is judged as if its rewards were the lowest or highest so far, the KL penalty in them",
     ),
     Caveat(
         lambda c, own: OmegaConf.select(c, "algorithm.filter_groups.enable") and not _shrinks(own),
@@ -241,6 +278,10 @@ def _recurrence(config: DictConfig, estimator: Any) -> list[Finding]:
         if not often or not _shrinks(estimator):
             return []
         return [Finding("data.train_files", "note", f"{text}; +algorithm=krpo_memory remembers it", section=SECTION)]
+    if estimator.chooses and (wrong := next_batch.unfit(estimator, rows, batch, steps)):
+        return [Finding("data.train_files", "failure", wrong, section=SECTION, code=WRONG_JOB)]
+    if _selects(estimator):
+        text = f"{text}, and into the candidates {steps * batch * estimator.select_from / rows:.3g} times"
     status = "note" if often else "warning"
     advice = f", every {rows / batch:.3g} steps" if often else "; a memory helps from the second time on"
     return [Finding("data.train_files", status, text + advice, section=SECTION)]
