@@ -156,6 +156,33 @@ def off_policy(
 
 
 @study.command()
+def choice(
+    out: Out,
+    conditions: Annotated[str, typer.Option(help="Pools, by the share that is hopeless.")] = "dead_0,dead_30,dead_60",
+    methods: Annotated[str, typer.Option(help="A way to choose and an estimator each, from lab/train/choose.py.")] = "",
+    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 10,
+    first_seed: int = 0,
+    models: Models = MODELS,
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    measure: Annotated[
+        str, typer.Option(help="Accuracy of what is compared: curve (the pool) or transfer (prompts outside of it).")
+    ] = "curve",
+) -> None:
+    """Which prompts a step rolls out, and how many responses each gets: every way at equal rollouts (an hour)."""
+    from verl_krpo.lab.train import choose, study
+    from verl_krpo.lab.train.tasks import TASKS
+
+    names = methods.split(",") if methods else list(choose.METHODS)
+    chosen = range(first_seed, first_seed + seeds)
+    tasks = study.tasks(choose.CONDITIONS, conditions.split(","), choose.METHODS, names, chosen)
+    task = TASKS[choose.TASK]
+    study.complete(
+        out / "runs.csv", choose.run, tasks, models, lambda condition: task.build(models / task.folder), jobs
+    )
+    print(study.show(out / "runs.csv", "uniform_memory", measure))
+
+
+@study.command()
 def gradient(
     out: Out,
     conditions: Annotated[

@@ -50,6 +50,12 @@ class Start(NamedTuple):
         """(problems, tokens): all questions are of the same length."""
         return self.tokenizer([problem.question for problem in problems], return_tensors="pt")["input_ids"]
 
+    def right(self, problems: list[Problem]) -> tuple[Tensor, Tensor, Tensor]:
+        """Questions, right responses and their mask, as `held_out` has them."""
+        responses = [self.task.response(problem.answer) for problem in problems]
+        answers = self.tokenizer(responses, return_tensors="pt", padding=True, padding_side="right")
+        return self.encode(problems), answers["input_ids"], answers["attention_mask"].bool()
+
 
 @functools.cache
 def start(models: Path, task: str) -> Start:
@@ -59,11 +65,8 @@ def start(models: Path, task: str) -> Start:
     made = TASKS[task]
     tokenizer = AutoTokenizer.from_pretrained(models / made.folder)
     model = AutoModelForCausalLM.from_pretrained(models / made.folder, dtype=torch.float32).eval()
-    problems = made.draw(random.Random(0), HELD_OUT, True)
-    right = [made.response(problem.answer) for problem in problems]
-    answers = tokenizer(right, return_tensors="pt", padding=True, padding_side="right")
     first = Start(made, model, tokenizer, ())
-    return first._replace(held_out=(first.encode(problems), answers["input_ids"], answers["attention_mask"].bool()))
+    return first._replace(held_out=first.right(made.draw(random.Random(0), HELD_OUT, True)))
 
 
 class Responses(NamedTuple):
@@ -77,9 +80,9 @@ class Responses(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    model, prompts: Tensor, size: int, end: int, pad: int, generator: torch.Generator, max_tokens: int
+    model, prompts: Tensor, size: int | Tensor, end: int, pad: int, generator: torch.Generator, max_tokens: int
 ) -> Responses:
-    """`size` responses to each prompt (prompts, tokens).
+    """`size` responses to each prompt (prompts, tokens), one number for all or one each.
 
     By the Gumbel-max trick, with as many random numbers a token whatever was sampled before.
     """

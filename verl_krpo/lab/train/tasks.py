@@ -87,7 +87,7 @@ OPERATIONS = {  # of `mixed`, where each is asked one time in three
 }
 
 
-def _mixed(rng: random.Random, count: int, held_out: bool = False, operations: str = "+-*") -> list[Problem]:
+def mixed(rng: random.Random, count: int, held_out: bool = False, operations: str = "+-*") -> list[Problem]:
     chosen = []
     while len(chosen) < count:
         a, b, sign = rng.randrange(100), rng.randrange(100), rng.choice(operations)
@@ -105,7 +105,7 @@ def _careless_operations(rng: random.Random, count: int) -> list[tuple[str, str]
             return problem.answer
         return rng.choice((problem.answer + "?", str(int(problem.answer) + rng.choice((-10, -2, -1, 1, 2, 10)))))
 
-    return [(problem.question, shown(problem)) for problem in _mixed(rng, count, operations=often)]
+    return [(problem.question, shown(problem)) for problem in mixed(rng, count, operations=often)]
 
 
 def _digits(length: int, rng: random.Random, count: int, held_out: bool = False) -> list[Problem]:
@@ -251,7 +251,7 @@ TASKS = {
         _sums, _tagged, _answer_tag, functools.partial(warm_start, demonstrations=_right_sums, steps=240), "learn"
     ),
     "mixed": Task(
-        _mixed,
+        mixed,
         lambda answer: answer + END,
         _equal,
         functools.partial(warm_start, demonstrations=_careless_operations, steps=700),
