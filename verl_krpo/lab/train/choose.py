@@ -1,7 +1,7 @@
 """Which prompts a step rolls out, and how many responses each gets: every way at equal rollouts.
 
-A pool of POOL prompts of the task `mixed` comes again and again in new orders. Of it the share `dead` is products, which
-the model gets right one time in a hundred; sums and differences are half of the rest each. A step has PROMPTS groups of
+A pool of POOL prompts of the task `mixed` comes again and again in new orders. In dead_30 three in ten are products,
+which the model gets right one time in a hundred; sums and differences are half of the rest each. A step has PROMPTS groups of
 SIZE, taken from FROM times as many candidates, which are the next ones of the order:
 
     uniform     the first ones: what verl does
@@ -132,7 +132,7 @@ def roll(first: loop.Start, model, pool: list[Problem], asked: Step, generator: 
 def dynamic(first: loop.Start, model, pool: list[Problem], waiting: Iterator[int], generator) -> tuple[Rolled, int]:
     """DAPO's groups, and how many rollouts they took."""
     found: list[Rolled] = []
-    for tried in range(1, ROUNDS + 1):
+    while len(found) < ROUNDS:
         places = np.array([next(waiting) for _ in range(PROMPTS)])
         rolled = roll(first, model, pool, Step(places, np.full(PROMPTS, SIZE), np.ones(PROMPTS)), generator)
         found.append(rolled.of(np.flatnonzero((rolled.right > 0) & (rolled.right < rolled.counts))))
@@ -152,7 +152,7 @@ def dynamic(first: loop.Start, model, pool: list[Problem], waiting: Iterator[int
         loop.Responses(*(torch.cat(columns) for columns in zip(*padded, strict=True))),
         torch.cat([part.rewards for part in found]),
     )
-    return whole.of(np.arange(min(PROMPTS, len(whole.places)))), tried * PROMPTS * SIZE
+    return whole.of(np.arange(min(PROMPTS, len(whole.places)))), len(found) * PROMPTS * SIZE
 
 
 def rloo(rewards: Tensor, owner: np.ndarray) -> Tensor:
