@@ -1,8 +1,8 @@
 """Which prompts a step rolls out, and how many responses each gets: every way at equal rollouts.
 
 A pool of POOL prompts of the task `mixed` comes again and again in new orders. In dead_30 three in ten are products,
-which the model gets right one time in a hundred; sums and differences are half of the rest each. A step has PROMPTS groups of
-SIZE, taken from FROM times as many candidates, which are the next ones of the order:
+which the model gets right one time in a hundred; sums and differences are half of the rest each. A step has PROMPTS
+groups of SIZE, taken from FROM times as many candidates, which are the next ones of the order:
 
     uniform     the first ones: what verl does
     dapo        the next ones again and again, until PROMPTS groups have rewards that differ (DAPO's dynamic sampling,
