@@ -123,7 +123,7 @@ def training(
 @study.command()
 def off_policy(
     out: Out,
-    condition: Annotated[str, typer.Option(help="calm, harsh, calm_long or harsh_long.")] = "calm",
+    condition: Annotated[str, typer.Option(help="calm, harsh, calm_long, harsh_long, length_256 and so on.")] = "calm",
     methods: Annotated[
         str, typer.Option(help="Names from lab/train/losses.py.")
     ] = "reinforce,vanilla,gspo,kpo,kpo_Q0.001_clip0.02",

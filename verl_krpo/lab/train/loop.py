@@ -16,6 +16,7 @@ What a model is worth is not sampled but computed, of the right response to ever
     entropy    of the next token along it, mean over the tokens, in nats
 """
 
+import collections
 import copy
 import functools
 import random
@@ -204,11 +205,12 @@ def train(first: Start, condition: Condition, method: str, seed: int) -> Iterato
     optimizer = torch.optim.Adam(model.parameters(), lr=condition.learning_rate, fused=True)
     make, loss = METHODS[method]
     estimate, rows = make(), torch.arange(condition.prompts * condition.size)
+    samplers = collections.deque([first.model], maxlen=condition.stale + 1)
     for step, problems in zip(range(condition.steps), visits(condition, seed), strict=False):
         generator = torch.Generator().manual_seed(seed * 100_003 + step)
         if condition.updates > 1:
             rows = torch.randperm(len(rows), generator=generator)
-        batch = roll(first, model, condition, problems, step, generator)
+        batch = roll(first, samplers[0], condition, problems, step, generator)
         advantage, norms = estimate(batch), []
         by_row = advantage.reshape(len(rows), -1).float()
         for chosen in rows.chunk(condition.updates):
@@ -217,6 +219,7 @@ def train(first: Start, condition: Condition, method: str, seed: int) -> Iterato
             total.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), condition.clip)))
             optimizer.step()
+        samplers.append(copy.deepcopy(model) if condition.stale else model)
         means = [batch.rewards.mean(), advantage.std(), sum(norms) / len(norms), ratio.std()]
         yield model, [float(value) for value in means]
 
