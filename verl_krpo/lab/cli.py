@@ -138,6 +138,22 @@ def off_policy(
 
 
 @study.command()
+def clipped(
+    out: Out,
+    conditions: Annotated[
+        str, typer.Option(help="Names from lab/train/conditions.py.")
+    ] = "length_256,length_512,length_1024",
+    models: Models = MODELS,
+) -> None:
+    """Where along a response policy losses clip (a minute of one core)."""
+    from verl_krpo.lab.train import clipped
+
+    for condition in conditions.split(","):
+        prepare(models, condition)
+    print(clipped.run(out, models, conditions.split(",")))
+
+
+@study.command()
 def gradient(
     out: Out,
     conditions: Annotated[

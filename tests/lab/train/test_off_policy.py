@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from verl_krpo import tiny_model
-from verl_krpo.lab.train import conditions, loop, losses, rounds, tasks
+from verl_krpo.lab.train import clipped, conditions, loop, losses, rounds, tasks
 from verl_krpo.lab.train.conditions import Condition
 from verl_krpo.lab.train.losses import LOSSES
 
@@ -176,13 +176,34 @@ def test_stale_batches_are_sampled_by_an_earlier_model(models, monkeypatch):
 
     monkeypatch.setattr(loop, "roll", recorded)
     condition = Condition("small", 4, 2, "digits_32", steps=5, updates=2, stale=2)
-    made = [
-        next(model.parameters()).detach().clone()
-        for model, _ in loop.train(loop.start(models, "digits_32"), condition, "kpo", 0)
-    ]
+    steps = loop.train(loop.start(models, "digits_32"), condition, "kpo", 0)
+    made = [next(step.model.parameters()).detach().clone() for step in steps]
     first = next(loop.start(models, "digits_32").model.parameters()).detach()
     for found, expected in zip(sampled, [first, first, first, made[0], made[1]], strict=True):
         assert torch.equal(found, expected)
+
+
+def test_clipped_tokens_are_those_beyond_the_range_on_the_side_that_the_advantage_pulls():
+    old, log_prob, advantages, mask = off_policy(3)
+    ratio = (log_prob - old).detach().exp()
+    found = clipped.without_gradient("vanilla", old, log_prob, advantages, mask)
+    beyond = torch.where(advantages > 0, ratio > 1.2, (ratio < 0.8) | (ratio > 3))
+    assert torch.equal(found, mask & beyond) and found.any()
+
+
+def test_stretches_of_a_run(models, monkeypatch):
+    monkeypatch.setitem(
+        conditions.CONDITIONS, "small", Condition("small", 8, 4, "digits_32", learning_rate=1e-3, steps=2, updates=4)
+    )
+    monkeypatch.setattr(clipped, "ENDS", (0, 16, 64))
+    monkeypatch.setattr(clipped, "SHOWN", ("vanilla_tight", "kpo"))
+    # The model has seen few answers, so that hardly one is right: every second one is rewarded.
+    monkeypatch.setattr(
+        loop, "scores", lambda first, responses, problems, size: torch.arange(8 * size).view(8, -1) % 2.0
+    )
+    moved, tight, kpo = clipped.of_run(models, "small")
+    assert list(moved) == ["condition", "of", "1 to 16", "17 to 64"]
+    assert moved["1 to 16"] > 0 and tight["1 to 16"] > 0.1 and kpo["1 to 16"] == 0
 
 
 def test_a_run_learns_and_is_repeatable(models, monkeypatch):
