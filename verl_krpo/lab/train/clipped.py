@@ -64,9 +64,11 @@ def _stretches(width: int) -> list[tuple[int, int]]:
 
 
 def run(out: Path, models: Path, conditions: list[str]) -> str:
-    """Write clipped.csv to `out`; the table as text."""
+    """Write clipped.csv and table.md to `out`; the table as text."""
     lines = [line for condition in conditions for line in of_run(models, condition)]
     columns = list(dict.fromkeys(key for line in lines for key in line))
     lines = [{key: line.get(key, "") for key in columns} for line in lines]
     tables.write_csv(out / "clipped.csv", lines)
-    return tables.markdown(lines)
+    text = tables.markdown(lines)
+    (out / "table.md").write_text(text + "\n")
+    return text

@@ -111,7 +111,7 @@ def study(
 
 
 def show(path: Path, other: str = "grpo", measure: str = "curve") -> str:
-    """Read a CSV of runs: write summary.csv, curves and differences beside it; the table as text.
+    """Read a CSV of runs: write summary.csv, table.md, curves and differences beside it; the table as text.
 
     other: a method that all are compared with besides their reference. measure: the column that is called accuracy in
     all of these, `curve` or another one of `loop.look`, which then go to a folder of its name.
@@ -130,4 +130,6 @@ def show(path: Path, other: str = "grpo", measure: str = "curve") -> str:
     tables.write_csv(path.with_name("summary.csv"), lines)
     results.draw_curves(rows, path.with_name("curves"))
     results.draw_differences(lines, path.with_name("differences"))
-    return results.as_table(lines)
+    text = results.as_table(lines)
+    path.with_name("table.md").write_text(text + "\n")
+    return text
