@@ -141,7 +141,7 @@ def compare(
 @study.command()
 def off_policy(
     out: Out,
-    condition: Annotated[str, typer.Option(help="calm, harsh, calm_long or harsh_long.")] = "calm",
+    condition: Annotated[str, typer.Option(help="calm, harsh, calm_long, harsh_long, length_256 and so on.")] = "calm",
     methods: Annotated[
         str, typer.Option(help="Names from lab/train/losses.py.")
     ] = "reinforce,vanilla,gspo,kpo,kpo_Q0.001_clip0.02",
@@ -180,6 +180,22 @@ def choice(
         out / "runs.csv", choose.run, tasks, models, lambda condition: task.build(models / task.folder), jobs
     )
     print(study.show(out / "runs.csv", "uniform_memory", measure))
+
+
+@study.command()
+def clipped(
+    out: Out,
+    conditions: Annotated[
+        str, typer.Option(help="Names from lab/train/conditions.py.")
+    ] = "length_256,length_512,length_1024",
+    models: Models = MODELS,
+) -> None:
+    """Where along a response policy losses clip (a minute of one core)."""
+    from verl_krpo.lab.train import clipped
+
+    for condition in conditions.split(","):
+        prepare(models, condition)
+    print(clipped.run(out, models, conditions.split(",")))
 
 
 @study.command()

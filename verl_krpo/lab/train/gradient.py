@@ -65,9 +65,9 @@ def of_training(models: Path, name: str) -> Iterator[Subject]:
         return Subject(f"{name}_{steps}", accuracy, model, list(model.parameters()), batch)
 
     yield subject(first.model, 0)
-    for steps, (model, _) in enumerate(loop.train(first, condition, "rloo", seed=0), start=1):
+    for steps, step in enumerate(loop.train(first, condition, "rloo", seed=0), start=1):
         if steps in (condition.steps // 2, condition.steps):
-            yield subject(model, steps)
+            yield subject(step.model, steps)
 
 
 def of_pretrained(folder: Path, prompts: int = 8, size: int = 4) -> Subject:

@@ -121,7 +121,7 @@ def show(path: Path, other: str = "grpo", measure: str = "curve") -> str:
 
 
 def write(out: Path, rows: list[dict], other: str = "grpo") -> list[dict]:
-    """summary.csv, curves and differences of runs; the summary's lines."""
+    """summary.csv, table.md, curves and differences of runs; the summary's lines."""
     from verl_krpo.lab.train import results
     from verl_krpo.report import tables
 
@@ -129,4 +129,5 @@ def write(out: Path, rows: list[dict], other: str = "grpo") -> list[dict]:
     tables.write_csv(out / "summary.csv", lines)
     results.draw_curves(rows, out / "curves")
     results.draw_differences(lines, out / "differences")
+    (out / "table.md").write_text(results.as_table(lines) + "\n")
     return lines
