@@ -175,7 +175,7 @@ def plot(
     runs: Annotated[
         list[str], typer.Argument(metavar="[NAME=]RUN...", help="Folders; one NAME for the seeds of a method.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The figure, without ending: PNG and SVG.")] = Path("plot"),
+    out: Annotated[Path, typer.Option("--out", help="The figure, a PNG; its ending may be left out.")] = Path("plot"),
 ) -> None:
     """Training curves of several runs and seeds: reward, accuracy, entropy, gradient norm, krpo and kpo metrics."""
     from verl_krpo.runs.plot import show

@@ -215,7 +215,6 @@ def test_show(tmp_path):
     value = next(c for c in cells if c["checkpoint"] == "grpo/validation" and c["metric"] == "avg@4")
     assert float(value["low"]) <= float(value["value"]) <= float(value["high"])
     assert (tmp_path / "out" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "out" / "evaluation.svg").exists()
 
 
 def test_one_sample_a_problem(tmp_path):

@@ -53,7 +53,7 @@ def test_table_and_figure(run, tmp_path):
     assert [cell.strip() for cell in row.split("│")] == ["krpo_seed1", "0.25", "0.90", "0.46", "0.66", "30", "2.10"]
     assert f"checkpoint: {run / 'global_step_30'}" in text and f"figure: {drawn}" in text
     assert max(len(line) for line in text.splitlines() if "│" in line or "━" in line) <= 80
-    assert drawn.read_bytes().startswith(b"\x89PNG") and drawn.with_suffix(".svg").read_text().startswith("<?xml")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
 def test_figure_lies_beside_the_log_unless_told(run):

@@ -128,7 +128,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, console=None) -> Path:
-    """Print the table of the dumps, and the comparison of each with the first; write evaluation.csv, .png and .svg.
+    """Print the table of the dumps, and the comparison of each with the first; write evaluation.csv and .png.
 
     They go to the folder `out`, by default that of the first dump. Returns the path of the CSV.
     """
@@ -213,7 +213,7 @@ def _write_csv(runs: dict, measured: dict, comparisons: dict[str, list[Compariso
 
 
 def plot(measured: dict[str, dict[str, dict[str, Measured]]], path: str | os.PathLike) -> Path:
-    """A panel a benchmark: pass@k (lines) and maj@k (dashed) over k with their intervals, to PATH.png and PATH.svg."""
+    """A panel a benchmark: pass@k (lines) and maj@k (dashed) over k with their intervals, to PATH.png."""
     names = sorted({name for benchmarks in measured.values() for name in benchmarks})
     drawn, axes = figure.panels(len(names), max(5.0, 3.4 * min(3, len(names))), 3.0)
     colors = figure.colors(list(measured))

@@ -1,4 +1,4 @@
-"""One look for every figure: a method has one color everywhere, plain axes, PNG and SVG."""
+"""One look for every figure: a method has one color everywhere, plain axes, a PNG."""
 
 import os
 import re
@@ -103,14 +103,11 @@ def band(panel, x, middle, low, high, color: str, **line) -> None:
 
 
 def save(figure, path: str | os.PathLike) -> Path:
-    """Write PATH.png and PATH.svg (either ending may be given); the path of the PNG."""
+    """Write PATH.png (the ending may be given); its path."""
     from matplotlib import rc_context
 
-    path = Path(path)
-    if path.suffix in (".png", ".svg"):
-        path = path.with_suffix("")
+    path = Path(f"{str(path).removesuffix('.png')}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context(STYLE | {"svg.hashsalt": path.name}):
-        figure.savefig(f"{path}.svg", metadata={"Date": None})
-        figure.savefig(f"{path}.png")
-    return Path(f"{path}.png")
+    with rc_context(STYLE):
+        figure.savefig(path)
+    return path

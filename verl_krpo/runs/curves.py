@@ -163,7 +163,7 @@ def _number(value: float, digits: int = 2) -> str:
 
 
 def plot(runs: Sequence[Run], path: str | os.PathLike) -> Path:
-    """Draw the mean reward (faint; smoothed over WINDOW steps) and held-out accuracy (points) to PATH.png and PATH.svg.
+    """Draw the mean reward (faint; smoothed over WINDOW steps) and held-out accuracy (points) to PATH.png.
 
     Returns the path of the PNG.
     """

@@ -61,7 +61,7 @@ def mean_and_std(seeds: Sequence[Series]) -> tuple[list[int], list[float], list[
 
 
 def draw(methods: dict[str, list[dict[str, Series]]], out: str | os.PathLike) -> tuple[Path, list[str]]:
-    """Draw every panel that has data to OUT.png and OUT.svg. methods: name -> seeds, each as `log.series` returns it.
+    """Draw every panel that has data to OUT.png. methods: name -> seeds, each as `log.series` returns it.
 
     Returns the path of the PNG and the titles of the panels drawn. ValueError where no panel has data.
     """
@@ -113,4 +113,4 @@ def show(runs: Sequence[str], out: str | os.PathLike) -> None:
         last = max((step for seed in seeds for series in seed.values() for step in series), default=0)
         print(f"{name}: {len(seeds)} run{'s' * (len(seeds) > 1)}, {last} steps")
     print(f"drawn: {', '.join(titles)}")
-    print(f"figure: {drawn} and {drawn.with_suffix('.svg').name}")
+    print(f"figure: {drawn}")

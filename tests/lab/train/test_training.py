@@ -202,7 +202,7 @@ def test_a_study_resumes_and_reports(tmp_path, monkeypatch):
         text = study.study(tmp_path, loop.run, wanted, tmp_path, lambda condition: None, 1)
     assert ran == [(method, seed) for seed in range(3) for method in ("rloo", "grpo")]
     assert len(text.splitlines()) == 4 and "| pairs" in text and "grpo" in text
-    assert {path.name for path in tmp_path.iterdir()} >= {"runs.csv", "summary.csv", "curves.png", "differences.svg"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"runs.csv", "summary.csv", "curves.png", "differences.png"}
     greedy = study.show(tmp_path / "runs.csv", measure="greedy")
     assert (tmp_path / "greedy" / "summary.csv").exists() and "0.900" in greedy and "0.900" not in text
     with pytest.raises(ValueError, match="no measure beauty"):

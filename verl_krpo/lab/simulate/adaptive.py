@@ -74,7 +74,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def run(out: Path, seed: int = 0) -> str:
-    """Write adaptive.csv and adaptive.png (.svg) to `out`; every cell as text."""
+    """Write adaptive.csv and adaptive.png to `out`; every cell as text."""
     rows = measure(seed)
     tables.write_csv(out / "adaptive.csv", rows)
     draw(rows, out / "adaptive.png")

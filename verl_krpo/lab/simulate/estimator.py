@@ -107,7 +107,7 @@ def draw(rows: list[dict], path: Path, measures: tuple[str, ...], titles: tuple[
 
 
 def run(out: Path, seed: int = 0) -> str:
-    """Write estimator.csv, estimator_baseline.png and estimator_snr.png (.svg) to `out`; the table at 8 as text."""
+    """Write estimator.csv, estimator_baseline.png and estimator_snr.png to `out`; the table at 8 as text."""
     rows = measure(seed)
     tables.write_csv(out / "estimator.csv", rows)
     draw(

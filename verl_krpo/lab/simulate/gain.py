@@ -40,7 +40,7 @@ def draw(path: Path) -> None:
 
 
 def run(out: Path) -> str:
-    """Write kpo_gain.png and .svg to `out`; gain / share of a constant log-ratio, by setting and token, as text."""
+    """Write kpo_gain.png to `out`; gain / share of a constant log-ratio, by setting and token, as text."""
     draw(out / "kpo_gain")
     lines = []
     for name, setting in SETTINGS.items():

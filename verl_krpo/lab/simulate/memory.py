@@ -138,7 +138,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def run(out: Path, seed: int = 0) -> str:
-    """Write memory.csv and memory.png (.svg) to `out`; every cell as text."""
+    """Write memory.csv and memory.png to `out`; every cell as text."""
     rows = measure(seed)
     tables.write_csv(out / "memory.csv", rows)
     draw(rows, out / "memory.png")

@@ -106,7 +106,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def run(out: Path, seed: int = 0) -> str:
-    """Write permutation.csv and permutation.png (.svg) to `out`; the table as text."""
+    """Write permutation.csv and permutation.png to `out`; the table as text."""
     rows = measure(seed)
     tables.write_csv(out / "permutation.csv", rows)
     draw(rows, out / "permutation.png")

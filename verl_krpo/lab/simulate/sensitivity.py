@@ -79,7 +79,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def run(out: Path, seed: int = 0) -> str:
-    """Write sensitivity.csv and sensitivity.png (.svg) to `out` (the published setting is framed); SNR as text."""
+    """Write sensitivity.csv and sensitivity.png to `out` (the published setting is framed); SNR as text."""
     rows = measure(seed)
     tables.write_csv(out / "sensitivity.csv", rows)
     draw(rows, out / "sensitivity.png")
