@@ -19,6 +19,10 @@ class Measured(NamedTuple):
     low: float
     high: float
 
+    def columns(self, name: str) -> dict[str, float]:
+        """Of a line of a CSV."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def resampled(values: Sequence[float]) -> Measured:
     """Mean over problems with the 95 % percentile interval of its bootstrap."""

@@ -13,6 +13,12 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
+def interval(row: dict, key: str, digits: int = 3) -> str:
+    """A number of a row with its interval, Measured.columns; also where the row comes from a CSV."""
+    value, low, high = (f"{float(row[f'{key}{end}']):.{digits}f}" for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
+
+
 def table(header: list[str], lines: list[list[str]]) -> str:
     """A markdown table, its columns aligned."""
     header = [title.replace("|", r"\|") for title in header]
