@@ -90,9 +90,9 @@ def doctor(
     ray: Annotated[bool, typer.Option(help="Look into a Ray worker on every node (about 10 s).")] = True,
 ) -> None:
     """Is the plugin in force here, in a fresh process and in Ray's workers; and what would a verl job use of it?"""
-    from verl_krpo.doctor import report
+    from verl_krpo.doctor import show
 
-    raise typer.Exit(report.doctor(overrides or [], ray, as_json))
+    raise typer.Exit(show.doctor(overrides or [], ray, as_json))
 
 
 @app.command(context_settings=PASSED_ON, add_help_option=False)
