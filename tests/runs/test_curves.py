@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from verl.utils.tracking import Tracking
 
-from verl_krpo.runs import curves
+from verl_krpo.runs import curves, plot
 
 
 def shown(paths, figure=None, width=80):
@@ -40,9 +40,9 @@ def run(tmp_path, monkeypatch):
 
 def test_reads_what_verl_logs(run):
     read = curves.read(run)
-    assert read.name == "krpo_seed1" and read.missing() == []
-    assert read.accuracy == pytest.approx({0: 0.25, 10: 0.5, 20: 0.7, 30: 0.9})
-    assert sorted(read.reward) == sorted(read.seconds) == list(range(1, 31))
+    assert read.name == "krpo_seed1"
+    assert read.series["accuracy"] == pytest.approx({0: 0.25, 10: 0.5, 20: 0.7, 30: 0.9})
+    assert list(read.series["critic/score/mean"]) == list(read.series["timing_s/step"]) == list(range(1, 31))
     assert read.numbers() == pytest.approx((0.25, 0.9, 0.402 + 5.5 / 100, 0.402 + 25.5 / 100, 2.1))
     assert read.checkpoint() == run / "global_step_30"
 
@@ -92,7 +92,7 @@ def test_missing_metrics_are_named(tmp_path):
 def test_validation_only(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text(json.dumps({"step": 0, "data": {"val-core/a/acc/mean@4": 0.2, "val-core/b/acc/mean@4": 0.4}}) + "\n")
-    assert curves.read(log).accuracy == {0: pytest.approx(0.3)}
+    assert curves.read(log).series["accuracy"] == {0: pytest.approx(0.3)}
     text, drawn = shown([log])
     assert "validated once only" in text and "no critic/score/mean" in text and drawn.exists()
 
@@ -100,7 +100,7 @@ def test_validation_only(tmp_path):
 def test_half_a_line_at_the_end_is_a_killed_run(run):
     log = run / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-40])
-    assert max(curves.read(run).reward) == 29
+    assert max(curves.read(run).series["critic/score/mean"]) == 29
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -120,12 +120,12 @@ def test_what_cannot_be_read_is_named(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 50])
 def test_smoothed(count):
     series = [math.sin(i) for i in range(count)]
-    assert curves.smoothed(series, window=1) == pytest.approx(series)
-    level = curves.smoothed([0.7] * count)
+    assert plot.smoothed(series, window=1) == pytest.approx(series)
+    level = plot.smoothed([0.7] * count)
     assert level == pytest.approx([0.7] * count)
     middle = count // 2
     window = series[max(0, middle - 5) : middle + 6]
-    assert curves.smoothed(series)[middle] == pytest.approx(statistics.fmean(window))
+    assert plot.smoothed(series)[middle] == pytest.approx(statistics.fmean(window))
 
 
 def logged(folder, rewards, accuracy):
