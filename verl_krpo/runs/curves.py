@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from verl_krpo.report import tables
 from verl_krpo.runs import log, plot
 from verl_krpo.runs.log import ACCURACY, REWARD, SECONDS, Series
 from verl_krpo.runs.plot import WINDOW
@@ -54,44 +55,27 @@ def table(runs: Sequence[Run], drawn: Path | None = None, console=None) -> None:
     """Print one row a run, then the paths; fits in 80 columns."""
     from rich.console import Console
 
-    console = console or Console(soft_wrap=False)
-
-    def note(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-    rows = []
+    console, rows = console or Console(soft_wrap=False), []
     for run in runs:
         *learned, seconds = map(_number, run.numbers())
         rows.append([run.name, *learned, str(max(run.series.get(REWARD, [0]))), seconds])
     rewards = (f"reward\nfirst {WINDOW}", f"\nlast {WINDOW}")
-    _print(console, ("run", "accuracy\nbefore", "\nafter", *rewards, "\nsteps", "s/step\nmedian"), rows)
+    tables.show(console, ("run", "accuracy\nbefore", "\nafter", *rewards, "\nsteps", "s/step\nmedian"), rows)
     if rows := _over_seeds(runs):
         console.print()
         headings = ("method", "\nseeds", "accuracy\nbefore", "\nafter", f"reward\nlast {WINDOW}", "s/step\nmedian")
-        _print(console, headings, rows)
+        tables.show(console, headings, rows)
     for run in runs:
         for metric, key in SHOWN.items():
             if metric not in run.series:
-                note(f"{run.name}: the log holds no {key}")
+                tables.note(console, f"{run.name}: the log holds no {key}")
         if len(run.values(ACCURACY)) == 1:
-            note(f"{run.name}: validated once only, so before and after are one")
+            tables.note(console, f"{run.name}: validated once only, so before and after are one")
     for run in runs:
         if checkpoint := run.checkpoint():
-            note(f"checkpoint{f' of {run.name}' if len(runs) > 1 else ''}: {checkpoint}")
+            tables.note(console, f"checkpoint{f' of {run.name}' if len(runs) > 1 else ''}: {checkpoint}")
     if drawn:
-        note(f"figure: {drawn}")
-
-
-def _print(console, headings: Sequence[str], rows: list[list[str]]) -> None:
-    from rich.table import Table
-
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column(headings[0], overflow="fold", max_width=23)
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        tables.note(console, f"figure: {drawn}")
 
 
 def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
@@ -128,7 +112,7 @@ def table_of_differences(runs: Sequence[Run], against: str, console=None) -> Non
     console = console or Console(soft_wrap=False)
     console.print()
     rows = [[name, str(of[0]), *cells(*of), *cells(*accuracy[name])] for name, of in reward.items()]
-    _print(console, headings, rows)
+    tables.show(console, headings, rows)
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
