@@ -12,7 +12,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from verl_krpo import tiny_model
 from verl_krpo.lab.train import conditions, loop, results, study
 from verl_krpo.lab.train.conditions import NOISES, Condition
 from verl_krpo.lab.train.methods import ESTIMATES, METHODS, Batch, Method
@@ -20,18 +19,6 @@ from verl_krpo.lab.train.tasks import TASKS
 from verl_krpo.runs import curves
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A tiny model that knows the form of an answer and few sums, as that of `sharpen`."""
-    path = tmp_path_factory.mktemp("models")
-    tokenizer = tiny_model.tokenizer()
-    model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=0)
-    tiny_model.warm_start(model, tokenizer, steps=100, seed=0, batch_size=16)
-    model.save_pretrained(path / "tiny")
-    tokenizer.save_pretrained(path / "tiny")
-    return path
 
 
 @pytest.fixture(scope="module")
