@@ -8,6 +8,7 @@ import typer
 
 from verl_krpo import __version__
 from verl_krpo.data.source import NAMES
+from verl_krpo.lab.bench import TABLES
 from verl_krpo.lab.cli import study
 
 app = typer.Typer(
@@ -198,12 +199,17 @@ def evaluate(
     show(dumps, out)
 
 
-@app.command(context_settings=PASSED_ON, add_help_option=False)
-def bench(context: typer.Context) -> None:
-    """What filters, loss, estimator, memory and reward cost (see verl-krpo bench --help)."""
-    from verl_krpo.lab.bench.__main__ import main as benchmark
+@app.command()
+def bench(
+    table: Annotated[str, typer.Argument(help="; ".join(f"{name}: {text}" for name, text in TABLES.items()) + ".")],
+    rounds: Annotated[int, typer.Option(help="How often each contestant takes its turn.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for filter and kpo.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Also write the rows and the machine here.", dir_okay=False)] = None,
+) -> None:
+    """What filters, loss, estimator, memory and reward cost: a Markdown table, one thread on a CPU."""
+    from verl_krpo.lab.bench import run
 
-    benchmark(context.args)
+    print(run(table, rounds, device, json))
 
 
 def main() -> None:
