@@ -126,19 +126,17 @@ def _names(paths: Sequence[Path]) -> list[str]:
     raise ValueError(f"the same dump is named twice: {', '.join(map(str, paths))}")
 
 
-def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, console=None) -> Path:
+def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
     """Print the table of the dumps, and the comparison of each with the first; write evaluation.csv and .png.
 
     They go to the folder `out`, by default that of the first dump. Returns the path of the CSV.
     """
-    from rich.console import Console
-
     if not paths:
         raise ValueError("name at least one dump: a STEP.jsonl or its folder")
     paths = [Path(path) for path in paths]
     runs = dict(zip(_names(paths), map(read, paths), strict=True))
     measured = {run: {name: summary(b) for name, b in benchmarks.items()} for run, benchmarks in runs.items()}
-    console, rows = console or Console(), []
+    rows = []
     for run, benchmarks in measured.items():
         lines = []
         for name, estimates in benchmarks.items():
@@ -148,12 +146,12 @@ def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = Non
             samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
             cells = (_cell(estimates[f"{metric}@{counts[0]}"]) for metric in ("avg", "pass", "maj"))
             lines.append([name, f"{len(runs[run][name])} x {samples}", *cells])
-        tables.show(console, ("benchmark", "size x n", "avg@n", "pass@n", "maj@n"), lines, title=run)
-    tables.note(console, "percent [95 % interval over problems], n samples a problem")
+        tables.show(("benchmark", "size x n", "avg@n", "pass@n", "maj@n"), lines, title=run)
+    print("percent [95 % interval over problems], n samples a problem")
 
     first, *others = runs
     for run in others:
-        tables.note(console, f"\n{run} minus {first}, avg in points:")
+        print(f"\n{run} minus {first}, avg in points:")
         shared = [name for name in runs[run] if name in runs[first]]
         for c in (compare(name, runs[first][name], runs[run][name]) for name in shared):
             of_run = {"checkpoint": run, "benchmark": c.benchmark, "problems": c.problems, "metric": "avg difference"}
@@ -161,14 +159,14 @@ def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = Non
             value, low, high = (100 * x for x in c.difference)
             left_out = f", {c.left_out} not in both" if c.left_out else ""
             text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}], p = {c.p_value:.2g}, {c.problems} problems{left_out}"
-            tables.note(console, f"  {c.benchmark}: {text}")
+            print(f"  {c.benchmark}: {text}")
         if not shared:
-            tables.note(console, "  no benchmark in common")
+            print("  no benchmark in common")
 
     out = Path(out) if out is not None else _dump(paths[0]).parent
     tables.write_csv(out / "evaluation.csv", rows)
-    tables.note(console, f"table: {out / 'evaluation.csv'}")
-    tables.note(console, f"figure: {plot(measured, out / 'evaluation.png')}")
+    print(f"table: {out / 'evaluation.csv'}")
+    print(f"figure: {plot(measured, out / 'evaluation.png')}")
     return out / "evaluation.csv"
 
 

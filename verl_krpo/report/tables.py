@@ -14,13 +14,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def note(console, text: str) -> None:
-    """A line on a rich console, not wrapped and not interpreted."""
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
-def show(console, headings: Sequence[str], rows: list[list[str]], title: str | None = None) -> None:
-    """A table on a rich console of 80 columns; numbers after the first column."""
+def show(headings: Sequence[str], rows: list[list[str]], title: str | None = None) -> None:
+    """Print a table for a terminal of 80 columns; numbers after the first column."""
+    from rich.console import Console
     from rich.table import Table
 
     shown = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
@@ -29,7 +25,7 @@ def show(console, headings: Sequence[str], rows: list[list[str]], title: str | N
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
-    console.print(shown)
+    Console().print(shown)
 
 
 def interval(row: dict, key: str, digits: int = 3) -> str:

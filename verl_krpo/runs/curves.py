@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl_krpo.report import tables
+from verl_krpo.report.paired import differences
 from verl_krpo.runs import log, plot
 from verl_krpo.runs.log import ACCURACY, REWARD, SECONDS, Series
 from verl_krpo.runs.plot import WINDOW
@@ -51,31 +52,29 @@ def read(path: str | os.PathLike) -> Run:
     return Run(log.name_of(path), path if path.is_dir() else path.parent, series)
 
 
-def table(runs: Sequence[Run], drawn: Path | None = None, console=None) -> None:
+def table(runs: Sequence[Run], drawn: Path | None = None) -> None:
     """Print one row a run, then the paths; fits in 80 columns."""
-    from rich.console import Console
-
-    console, rows = console or Console(soft_wrap=False), []
+    rows = []
     for run in runs:
         *learned, seconds = map(_number, run.numbers())
         rows.append([run.name, *learned, str(max(run.series.get(REWARD, [0]))), seconds])
     rewards = (f"reward\nfirst {WINDOW}", f"\nlast {WINDOW}")
-    tables.show(console, ("run", "accuracy\nbefore", "\nafter", *rewards, "\nsteps", "s/step\nmedian"), rows)
+    tables.show(("run", "accuracy\nbefore", "\nafter", *rewards, "\nsteps", "s/step\nmedian"), rows)
     if rows := _over_seeds(runs):
-        console.print()
+        print()
         headings = ("method", "\nseeds", "accuracy\nbefore", "\nafter", f"reward\nlast {WINDOW}", "s/step\nmedian")
-        tables.show(console, headings, rows)
+        tables.show(headings, rows)
     for run in runs:
         for metric, key in SHOWN.items():
             if metric not in run.series:
-                tables.note(console, f"{run.name}: the log holds no {key}")
+                print(f"{run.name}: the log holds no {key}")
         if len(run.values(ACCURACY)) == 1:
-            tables.note(console, f"{run.name}: validated once only, so before and after are one")
+            print(f"{run.name}: validated once only, so before and after are one")
     for run in runs:
         if checkpoint := run.checkpoint():
-            tables.note(console, f"checkpoint{f' of {run.name}' if len(runs) > 1 else ''}: {checkpoint}")
+            print(f"checkpoint{f' of {run.name}' if len(runs) > 1 else ''}: {checkpoint}")
     if drawn:
-        tables.note(console, f"figure: {drawn}")
+        print(f"figure: {drawn}")
 
 
 def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
@@ -92,14 +91,11 @@ def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
     return rows
 
 
-def table_of_differences(runs: Sequence[Run], against: str, console=None) -> None:
+def table_of_differences(runs: Sequence[Run], against: str) -> None:
     """Print reward and accuracy, and what they differ by from the method `against`, paired by seed.
 
     The mean reward of the whole run fluctuates less than the accuracy at its end.
     """
-    from rich.console import Console
-
-    from verl_krpo.report.paired import differences
 
     def cells(_: int, mean: float, difference: float, half: float) -> list[str]:
         interval = "" if math.isnan(half) else f" ±{half:.3f}"
@@ -109,10 +105,9 @@ def table_of_differences(runs: Sequence[Run], against: str, console=None) -> Non
     reward = differences(rewards, against)
     accuracy = differences({run.name: run.numbers()[1] for run in runs}, against)
     headings = ("method", "\nseeds", "reward\nover run", f"to\n{against}", "accuracy\nat end", f"to\n{against}")
-    console = console or Console(soft_wrap=False)
-    console.print()
+    print()
     rows = [[name, str(of[0]), *cells(*of), *cells(*accuracy[name])] for name, of in reward.items()]
-    tables.show(console, headings, rows)
+    tables.show(headings, rows)
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
@@ -128,7 +123,6 @@ def _number(value: float, digits: int = 2) -> str:
 def show(
     paths: Sequence[str | os.PathLike],
     out: str | os.PathLike | None = None,
-    console=None,
     against: str | None = None,
 ) -> Path:
     """Read the runs, draw the figure (default: reward.png beside the first log) and print the tables asked for."""
@@ -140,7 +134,7 @@ def show(
         if names.count(run.name) > 1:
             run.name = str(path)
     drawn, _ = plot.draw({run.name: [run.series] for run in runs}, out or runs[0].folder / "reward", plot.PANELS[:2])
-    table(runs, drawn, console)
+    table(runs, drawn)
     if against:
-        table_of_differences(runs, against, console)
+        table_of_differences(runs, against)
     return drawn
