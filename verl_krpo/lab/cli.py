@@ -1,5 +1,6 @@
 """`verl-krpo study`: the commands of the laboratory. They import what they need when they run."""
 
+import importlib
 from pathlib import Path
 from typing import Annotated
 
@@ -13,52 +14,27 @@ Out = Annotated[Path, typer.Option("--out", help="The folder to write to.", file
 Seed = Annotated[int, typer.Option(help="The same seed makes the same thing.")]
 
 
-@study.command()
-def permutation(out: Out, seed: Seed = 0) -> None:
-    """How far advantages and gradient depend on the order of a group (seconds)."""
-    from verl_krpo.lab.simulate import permutation
-
-    print(permutation.run(out, seed))
-
-
-@study.command()
-def estimator(out: Out, seed: Seed = 0) -> None:
-    """Every form against GRPO, Dr.GRPO and RLOO over laws of rewards and group sizes (about a minute)."""
-    from verl_krpo.lab.simulate import estimator
-
-    print(estimator.run(out, seed))
+SIMULATED = {
+    "permutation": "How far advantages and gradient depend on the order of a group (seconds).",
+    "estimator": "Every form against GRPO, Dr.GRPO and RLOO over laws of rewards and group sizes (about a minute).",
+    "sensitivity": "Signal-to-noise and scale over a grid of Q and R (seconds).",
+    "adaptive": "krpo_adaptive against RLOO over prompts, group sizes and batch sizes (a few minutes).",
+    "memory": "krpo_memory against RLOO and krpo_adaptive on prompts that recur and drift (a few minutes).",
+    "selection": "What algorithm.filter_groups does to the gradient of each estimator (a few minutes).",
+}
 
 
-@study.command()
-def sensitivity(out: Out, seed: Seed = 0) -> None:
-    """Signal-to-noise and scale over a grid of Q and R (seconds)."""
-    from verl_krpo.lab.simulate import sensitivity
+def _simulated(name: str) -> None:
+    def command(out: Out, seed: Seed = 0) -> None:
+        from verl_krpo.lab.simulate import simulate
 
-    print(sensitivity.run(out, seed))
+        print(simulate.run(importlib.import_module(f"verl_krpo.lab.simulate.{name}"), out, seed))
 
-
-@study.command()
-def adaptive(out: Out, seed: Seed = 0) -> None:
-    """krpo_adaptive against RLOO over prompts, group sizes and batch sizes (a few minutes)."""
-    from verl_krpo.lab.simulate import adaptive
-
-    print(adaptive.run(out, seed))
+    study.command(name, help=SIMULATED[name])(command)
 
 
-@study.command()
-def memory(out: Out, seed: Seed = 0) -> None:
-    """krpo_memory against RLOO and krpo_adaptive on prompts that recur and drift (a few minutes)."""
-    from verl_krpo.lab.simulate import memory
-
-    print(memory.run(out, seed))
-
-
-@study.command()
-def selection(out: Out, seed: Seed = 0) -> None:
-    """What algorithm.filter_groups does to the gradient of each estimator (a few minutes)."""
-    from verl_krpo.lab.simulate import selection
-
-    print(selection.run(out, seed))
+for _name in SIMULATED:
+    _simulated(_name)
 
 
 @study.command()
