@@ -169,7 +169,6 @@ GYM = {
         _sorting,
         _numbers,
     ),
-    "caesar_cipher": Exercise({"min_words": 1, "max_words": 2}, lambda facts: facts["cipher_text"]),
     "count_bits": Exercise({"max_n": 65_535}, lambda facts: str(facts["number"])),
     "number_filtering": Exercise(
         {"min_numbers": 2, "max_numbers": 3, "max_decimals": 0, "min_value": -99, "max_value": 99}, _filtering, _numbers
