@@ -102,9 +102,9 @@ def compare(
     out: Out = Path("docs/results/compare"),
     models: Models = MODELS,
     jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
-    gradients: Annotated[Path, typer.Option(help="Where study gradient wrote its CSVs of the same conditions.")] = Path(
-        "docs/results/gradient"
-    ),
+    gradients: Annotated[
+        Path | None, typer.Option(help="Where study gradient wrote its CSVs of these tasks: compares the two rankings.")
+    ] = None,
 ) -> None:
     """The main table: every task, every estimator at its best rate, ten seeds (two to three hours of two cores)."""
     import functools

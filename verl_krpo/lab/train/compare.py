@@ -190,7 +190,7 @@ def agreement(summary: list[dict], gradients: Path) -> str:
     return tables.table(["task", "rank correlation", "first three by snr", "by training"], lines)
 
 
-def run(out: Path, models: Path, prepare, jobs: int, gradients: Path) -> str:
+def run(out: Path, models: Path, prepare, jobs: int, gradients: Path | None) -> str:
     """Run what OUT/runs.csv has not, then `show`."""
     from verl_krpo.lab.train import loop
 
@@ -200,8 +200,8 @@ def run(out: Path, models: Path, prepare, jobs: int, gradients: Path) -> str:
     return show(out, gradients)
 
 
-def show(out: Path, gradients: Path) -> str:
-    """The tables of what OUT/runs.csv has, written beside it."""
+def show(out: Path, gradients: Path | None) -> str:
+    """Tables of what OUT/runs.csv has, written beside it; agreement.md where GRADIENTS has `study gradient`'s CSVs."""
     rows = study.finished(out / "runs.csv")
     rates = best_rates(rows)
     rows = of_table(rows, rates)
@@ -215,7 +215,7 @@ def show(out: Path, gradients: Path) -> str:
         "recurring": task_table(summary, recurring, (REFERENCE, *OF_RECURRING)),
         "rates": rate_table(rates),
     }
-    if gradients.exists():
+    if gradients:
         texts["agreement"] = agreement(summary, gradients)
     for name, text in texts.items():
         (out / f"{name}.md").write_text(text + "\n")
