@@ -54,7 +54,7 @@ def drawn(p: float) -> dict[str, float]:
 
 
 def main(out: Path) -> Path:
-    """Write which_variance.png and .svg to `out`; the path of the first."""
+    """Write which_variance.png to `out`; its path."""
     drawing, ((left, right),) = figure.axes(1, 2, 10, 3.6)
     colors = figure.colors(list(METHODS))
     p = torch.linspace(0, 1, 201)

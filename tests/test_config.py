@@ -23,7 +23,15 @@ def test_defaults_are_the_published_settings_members_shuffled():
         "weight": "none",
     }
     assert dataclasses.asdict(AdaptiveConfig()) == {"weight": "none", "scale": "model"}
-    assert dataclasses.asdict(MemoryConfig()) == {"weight": "none", "scale": "model", "memory_var": "auto"}
+    assert dataclasses.asdict(MemoryConfig()) == {
+        "weight": "none",
+        "scale": "model",
+        "memory_var": "auto",
+        "select": "none",
+        "select_from": 4,
+        "objective": "signal",
+        "allocate": "none",
+    }
     assert dataclasses.asdict(JspoConfig()) == {}
     assert dataclasses.asdict(KpoConfig()) == {
         "process_var": 1e-6,
@@ -62,6 +70,11 @@ def test_yaml_numbers_and_words_are_typed():
         (AdaptiveConfig, "algorithm.krpo_adaptive", "scale", "filter_std"),
         (AdaptiveConfig, "algorithm.krpo_adaptive", "memory_var", 1.0),
         (MemoryConfig, "algorithm.krpo_memory", "memory_var", -1.0),
+        (MemoryConfig, "algorithm.krpo_memory", "select", "uniform"),
+        (MemoryConfig, "algorithm.krpo_memory", "select_from", 1),
+        (MemoryConfig, "algorithm.krpo_memory", "select_from", 2.5),
+        (MemoryConfig, "algorithm.krpo_memory", "allocate", 2),
+        (MemoryConfig, "algorithm.krpo_memory", "objective", "same"),  # of select=signal alone
         (MemoryConfig, "algorithm.krpo_memory", "weight", 2),
         (JspoConfig, "algorithm.jspo", "scale", "none"),
         (KrpoConfig, KRPO_AT, "init_mean", float("inf")),

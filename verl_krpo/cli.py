@@ -8,6 +8,7 @@ import typer
 
 from verl_krpo import __version__
 from verl_krpo.data.source import NAMES
+from verl_krpo.lab.bench import TABLES
 from verl_krpo.lab.cli import study
 
 app = typer.Typer(
@@ -90,9 +91,9 @@ def doctor(
     ray: Annotated[bool, typer.Option(help="Look into a Ray worker on every node (about 10 s).")] = True,
 ) -> None:
     """Is the plugin in force here, in a fresh process and in Ray's workers; and what would a verl job use of it?"""
-    from verl_krpo.doctor import report
+    from verl_krpo.doctor import show
 
-    raise typer.Exit(report.doctor(overrides or [], ray, as_json))
+    raise typer.Exit(show.doctor(overrides or [], ray, as_json))
 
 
 @app.command(context_settings=PASSED_ON, add_help_option=False)
@@ -175,7 +176,7 @@ def plot(
     runs: Annotated[
         list[str], typer.Argument(metavar="[NAME=]RUN...", help="Folders; one NAME for the seeds of a method.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The figure, without ending: PNG and SVG.")] = Path("plot"),
+    out: Annotated[Path, typer.Option("--out", help="The figure, a PNG; its ending may be left out.")] = Path("plot"),
 ) -> None:
     """Training curves of several runs and seeds: reward, accuracy, entropy, gradient norm, krpo and kpo metrics."""
     from verl_krpo.runs.plot import show
@@ -198,12 +199,17 @@ def evaluate(
     show(dumps, out)
 
 
-@app.command(context_settings=PASSED_ON, add_help_option=False)
-def bench(context: typer.Context) -> None:
-    """What filters, loss, estimator, memory and reward cost (see verl-krpo bench --help)."""
-    from verl_krpo.lab.bench.__main__ import main as benchmark
+@app.command()
+def bench(
+    table: Annotated[str, typer.Argument(help="; ".join(f"{name}: {text}" for name, text in TABLES.items()) + ".")],
+    rounds: Annotated[int, typer.Option(help="How often each contestant takes its turn.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for filter and kpo.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Also write the rows and the machine here.", dir_okay=False)] = None,
+) -> None:
+    """What filters, loss, estimator, memory and reward cost: a Markdown table, one thread on a CPU."""
+    from verl_krpo.lab.bench import run
 
-    benchmark(context.args)
+    print(run(table, rounds, device, json))
 
 
 def main() -> None:

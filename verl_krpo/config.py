@@ -47,6 +47,16 @@ class Weight(str, Enum):
     score = "score"
 
 
+class Choice(str, Enum):
+    none = "none"
+    signal = "signal"
+
+
+class Objective(str, Enum):
+    signal = "signal"
+    same = "same"
+
+
 class Gain(str, Enum):
     scheduled = "scheduled"
     steady = "steady"
@@ -62,6 +72,7 @@ NON_NEGATIVE: Rule = (lambda v: _finite(v) and v >= 0, "a finite number >= 0")
 NON_NEGATIVE_OR_AUTO: Rule = (lambda v: v == AUTO or (_finite(v) and v >= 0), f"{NON_NEGATIVE[1]} or the word auto")
 POSITIVE: Rule = (lambda v: _finite(v) and v > 0, "a finite number > 0")
 POSITIVE_OR_BATCH: Rule = (lambda v: v == BATCH or (_finite(v) and v > 0), f"{POSITIVE[1]} or the word batch")
+AT_LEAST_TWO: Rule = (lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 2, "an integer >= 2")
 POSITIVE_OR_NULL: Rule = (lambda v: v is None or (_finite(v) and v > 0), f"{POSITIVE[1]} or null")
 
 
@@ -151,15 +162,37 @@ class MemoryConfig(AdaptiveConfig):
         weight: as in krpo_adaptive
         scale: as in krpo_adaptive
         memory_var: Q >= 0, variance of a state's drift in a step, or `auto`: learned
+        select: which prompts verl rolls out: `none`, those that come next, or `signal`, of select_from times as many
+            those that the memory expects to teach most
+        select_from: candidates for every prompt that is taken, >= 2
+        objective: with select=signal: `signal`, training is on the prompts taken, or `same`, they are weighed so that
+            it is on all candidates alike
+        allocate: how many responses a prompt gets: `none`, rollout.n each, or `signal`, more the more it is expected
+            to teach, rollout.n on average; weighed so that prompts count alike
     """
 
     memory_var: NumberOrWord = AUTO
+    select: Choice = Choice.none
+    select_from: int = 4
+    objective: Objective = Objective.signal
+    allocate: Choice = Choice.none
 
     at = "algorithm.krpo_memory"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _validate(self, self.at, {"memory_var": NON_NEGATIVE_OR_AUTO}, {})
+        rules = {"memory_var": NON_NEGATIVE_OR_AUTO, "select_from": AT_LEAST_TWO}
+        _validate(self, self.at, rules, {"select": Choice, "objective": Objective, "allocate": Choice})
+        if self.objective == Objective.same and self.select == Choice.none:
+            raise ValueError(
+                f"{self.at}.objective=same says how selected prompts count, but select=none: set select=signal, or "
+                "remove objective"
+            )
+
+    @property
+    def chooses(self) -> str | None:
+        """The key by which this job chooses prompts or numbers of responses, None where it does neither."""
+        return next((key for key in ("select", "allocate") if getattr(self, key) != Choice.none), None)
 
 
 @dataclass

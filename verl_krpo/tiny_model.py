@@ -19,7 +19,6 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -164,9 +163,7 @@ def sampled_reward(model, text_tokenizer, count: int, seed: int, held_out: bool 
     return {key: sum(score[key] for score in scores) / count for key in scores[0]}
 
 
-def build(
-    out: str | os.PathLike, seed: int = 0, steps: int = 500, say: Callable[[str], None] = print
-) -> dict[str, float]:
+def build(out: str | os.PathLike, seed: int = 0, steps: int = 500) -> dict[str, float]:
     """Build, warm-start and save the model to the folder `out`; return its sampled score, acc and format.
 
     A folder that this very file made with the same seed and steps is left as it is. ValueError when `out` holds
@@ -178,7 +175,7 @@ def build(
         made = out / SETTINGS_FILE
         facts = json.loads(made.read_text()) if made.exists() else {}
         if facts.get("settings") == settings:
-            say(f"{out}: up to date")
+            print(f"{out}: up to date")
             return facts["sampled"]
         if not facts and any(out.iterdir()):
             raise ValueError(f"{out} exists and holds no tiny model: choose another folder, or remove it")
@@ -196,7 +193,7 @@ def build(
     text_tokenizer.save_pretrained(partial)
     (partial / SETTINGS_FILE).write_text(json.dumps({"settings": settings, "sampled": sampled}, indent=1))
     os.replace(partial, out)
-    say(
+    print(
         f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters, {time.monotonic() - began:.0f} s; "
         f"sampled reward {sampled['score']:.2f}, accuracy {sampled['acc']:.2f} on held-out sums"
     )

@@ -83,6 +83,9 @@ def test_equals_a_dense_gaussian_over_all_visits(seed, memory_var, weighted):
         for label in labels:
             prompts_seen.setdefault(label, DenseGaussian()).arrive(step, ratio, init_var)
         predicted = {label: prompts_seen[label].state() for label in labels}
+        foretold = np.stack(memory.forecast(labels, step, memory_var)[:2], axis=1)
+        states = [(0.0, 0.0) if first else predicted[label] for label in labels]
+        assert foretold == pytest.approx(np.array([(level + mean, var**0.5) for mean, var in states]), abs=1e-10)
         mine = {label: rewards.numpy()[prompts == label] for label in labels}
         unit = given.mean() if first else memory.unit
         noise = {label: noise_var / (given[prompts == label] / unit) for label in labels}  # R / w of every reward
@@ -233,6 +236,16 @@ def test_saved_and_loaded_to_the_bit(tmp_path):
     rewards, prompts = torch.tensor([0.0, 1.0, 1.0, 0.0]), ["a", "b", "b", "c"]
     one, other = (krpo_memory(rewards, prompts, m, step=30)[0].advantages() for m in (memory, loaded))
     assert torch.equal(one, other)
+
+
+def test_the_range_of_rewards_is_remembered():
+    memory = PromptMemory()
+    for rewards in ([0.0, 0.5], [0.25, 2.0], [-1.0, 0.0]):
+        _, memory = krpo_memory(torch.tensor(rewards), ["a", "a"], memory)
+    assert (memory.lowest, memory.highest) == (-1.0, 2.0)
+    uneven = torch.tensor([3.0, 3.0, 3.0])  # beyond a group's size there is no reward of 0
+    _, memory = krpo_memory(uneven, ["a", "a", "b"], PromptMemory())
+    assert (memory.lowest, memory.highest) == (3.0, 3.0)
 
 
 def test_loading_another_archive_is_an_error(tmp_path):

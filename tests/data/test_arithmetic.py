@@ -67,9 +67,8 @@ def test_the_seed_decides():
     assert arithmetic.problems("easy", 50, 10, 0) != arithmetic.problems("easy", 50, 10, 1)
 
 
-def test_100_000_rows_in_verl_s_schema(tmp_path):
-    lines = []
-    paths = arithmetic.prepare(tmp_path, "normal", say=lines.append)
+def test_100_000_rows_in_verl_s_schema(tmp_path, capsys):
+    paths = arithmetic.prepare(tmp_path, "normal")
     train, test = (datasets.load_dataset("parquet", data_files=str(paths[s]))["train"] for s in ("train", "test"))
     assert len(train) + len(test) == 100_000
     assert not set(train.map(_user, remove_columns=train.column_names)["user"]) & set(
@@ -82,18 +81,17 @@ def test_100_000_rows_in_verl_s_schema(tmp_path):
     assert first["extra_info"]["split"] == "train" and first["extra_info"]["index"] == 0
     card = parquet.recorded(tmp_path)
     assert card["files"]["train.parquet"] == {"rows": 80_000, "sha256": parquet.checksum(paths["train"])}
-    assert any("80,000 rows" in line for line in lines)
+    assert "80,000 rows" in capsys.readouterr().out
 
 
 def _user(example):
     return {"user": example["prompt"][-1]["content"].replace(" ", "")}
 
 
-def test_prepared_once_and_mended_when_damaged(tmp_path):
+def test_prepared_once_and_mended_when_damaged(tmp_path, capsys):
     def prepare():
-        lines = []
-        arithmetic.prepare(tmp_path, "sums", train_rows=64, test_rows=16, say=lines.append)
-        return lines
+        arithmetic.prepare(tmp_path, "sums", train_rows=64, test_rows=16)
+        return capsys.readouterr().out.splitlines()
 
     assert "up to date" not in prepare()[0]
     whole = (tmp_path / "train.parquet").read_bytes()
@@ -106,7 +104,7 @@ def test_prepared_once_and_mended_when_damaged(tmp_path):
 def test_verl_reads_the_rows(tmp_path):
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
-    paths = arithmetic.prepare(tmp_path, "sums", train_rows=64, test_rows=16, say=lambda line: None)
+    paths = arithmetic.prepare(tmp_path, "sums", train_rows=64, test_rows=16)
     config = OmegaConf.create({"cache_dir": str(tmp_path / "cache"), "filter_overlong_prompts": False})
     data = RLHFDataset([str(paths["train"])], tiny_model.tokenizer(), config)
     assert len(data) == 64

@@ -153,13 +153,9 @@ def read(path):
     return datasets.load_dataset("parquet", data_files=str(path))["train"]
 
 
-def silent(line):
-    pass
-
-
 @pytest.mark.parametrize("name", list(EXPECTED))
 def test_local_files_in_the_published_schema(name, local, tmp_path):
-    paths = source.prepare(name, tmp_path / "out", source=local(name), say=silent)
+    paths = source.prepare(name, tmp_path / "out", source=local(name))
     assert set(paths) == set(EXPECTED[name])
     for split, expected in EXPECTED[name].items():
         rows = read(paths[split])
@@ -175,13 +171,13 @@ def test_every_dataset_is_tested():
 
 
 def test_openmath_instruct_is_divided_and_chosen_by_topic(local, tmp_path):
-    paths = source.prepare("openmath_instruct", tmp_path / "out", local("openmath_instruct"), say=silent)
+    paths = source.prepare("openmath_instruct", tmp_path / "out", local("openmath_instruct"))
     train, test = read(paths["train"]), read(paths["test"])
     assert len(train) + len(test) == 200 and 0 < len(test) < 20
     assert train[0]["prompt"][0] == {"role": "system", "content": parquet.THINK_AND_ANSWER}
     assert {row["extra_info"]["topic"] for row in train} == {"probability"}
     with pytest.raises(ValueError, match="no rows"):
-        source.prepare("openmath_instruct", tmp_path / "none", local("openmath_instruct"), topic="geometry", say=silent)
+        source.prepare("openmath_instruct", tmp_path / "none", local("openmath_instruct"), topic="geometry")
 
 
 @pytest.mark.parametrize(
@@ -208,24 +204,25 @@ def test_a_problem_without_instructions_is_left_whole():
 def test_file_formats(suffix, tmp_path):
     write_records(tmp_path / f"mine{suffix}", FILES["aime25"]["test.jsonl"])
     for given in (tmp_path / f"mine{suffix}", tmp_path):
-        paths = source.prepare("aime25", tmp_path / "out", given, say=silent)
+        paths = source.prepare("aime25", tmp_path / "out", given)
         assert read(paths["test"])[0]["reward_model"]["ground_truth"] == "70"
         (tmp_path / "out" / "test.parquet").unlink()
 
 
-def test_written_once_and_again_when_the_files_change(local, tmp_path):
-    folder, lines = local("gsm8k"), []
-    source.prepare("gsm8k", tmp_path / "out", folder, say=lines.append)
-    source.prepare("gsm8k", tmp_path / "out", folder, say=lines.append)
-    assert ["up to date" in line for line in lines] == [False, False, True, True]
+def test_written_once_and_again_when_the_files_change(local, tmp_path, capsys):
+    folder = local("gsm8k")
+    source.prepare("gsm8k", tmp_path / "out", folder)
+    source.prepare("gsm8k", tmp_path / "out", folder)
+    said = capsys.readouterr().out.splitlines()
+    assert ["up to date" in line for line in said] == [False, False, True, True]
     write_records(folder / "main/test-00000-of-00001.parquet", [{"question": "New?", "answer": "#### 4"}])
-    paths = source.prepare("gsm8k", tmp_path / "out", folder, say=lines.append)
-    assert "up to date" not in lines[-1]
+    paths = source.prepare("gsm8k", tmp_path / "out", folder)
+    assert "up to date" not in capsys.readouterr().out.splitlines()[-1]
     assert read(paths["test"])[0]["reward_model"]["ground_truth"] == "4" and len(read(paths["train"])) == 3
 
 
 def test_limit_and_card(local, tmp_path):
-    paths = source.prepare("gsm8k", tmp_path / "out", local("gsm8k"), limit=1, say=silent)
+    paths = source.prepare("gsm8k", tmp_path / "out", local("gsm8k"), limit=1)
     assert len(read(paths["train"])) == 1
     card = (tmp_path / "out" / "README.md").read_text()
     assert "MIT" in card and parquet.checksum(paths["train"]) in card and parquet.BOXED in card
@@ -237,7 +234,7 @@ def test_limit_and_card(local, tmp_path):
 def test_without_the_hub_the_error_names_dataset_and_option(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="aime24: cannot read HuggingFaceH4/aime_2024.*--source"):
-        source.prepare("aime24", tmp_path / "out", say=silent)
+        source.prepare("aime24", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
@@ -255,7 +252,7 @@ def test_without_the_hub_the_error_names_dataset_and_option(tmp_path, monkeypatc
 def test_what_is_wrong_is_named(arguments, error, said, tmp_path):
     write_records(tmp_path / "test.jsonl", FILES["aime25"]["test.jsonl"])
     with pytest.raises(error, match=said):
-        source.prepare(**arguments, out=tmp_path / "out", source=tmp_path, say=silent)
+        source.prepare(**arguments, out=tmp_path / "out", source=tmp_path)
 
 
 def test_verl_reads_every_dataset(local, tmp_path):
@@ -263,7 +260,7 @@ def test_verl_reads_every_dataset(local, tmp_path):
 
     from verl_krpo import tiny_model
 
-    paths = source.prepare("olympiadbench", tmp_path / "out", local("olympiadbench"), say=silent)
+    paths = source.prepare("olympiadbench", tmp_path / "out", local("olympiadbench"))
     config = OmegaConf.create({"cache_dir": str(tmp_path / "cache"), "filter_overlong_prompts": True})
     data = RLHFDataset([str(paths["test"])], tiny_model.tokenizer(), config)
     assert len(data) == 2 and data[1]["raw_prompt"][0]["content"].startswith("One half?")

@@ -26,6 +26,7 @@ BATCH = [
     "actor_rollout_ref.rollout.name=vllm",
 ]
 KPO_GROUP = "+actor@actor_rollout_ref.actor.policy_loss=kpo"
+SELECT = ["+algorithm=krpo_memory", "algorithm.krpo_memory.select=signal"]
 
 
 def run_doctor(*arguments, python=sys.executable, **env):
@@ -202,6 +203,10 @@ def wait_for(port, seconds=300):
           "algorithm.rollout_correction.bypass_mode=true"], {"algorithm.rollout_correction.bypass_mode": "note"}),
         (["+algorithm=krpo_adaptive", "algorithm.filter_groups.enable=true"],
          {"algorithm.filter_groups.enable": "warning"}),
+        ([*SELECT], {"algorithm.krpo_memory.select": "note"}),
+        ([*SELECT, "algorithm.krpo_memory.objective=same"], {"algorithm.krpo_memory.objective": "note"}),
+        (["+algorithm=krpo_memory", "algorithm.krpo_memory.allocate=signal", "algorithm.use_kl_in_reward=true"],
+         {"algorithm.krpo_memory.allocate": "note", "algorithm.use_kl_in_reward": "warning"}),
         ([KPO_GROUP, "actor_rollout_ref.actor.ppo_mini_batch_size=1024"],
          {"actor_rollout_ref.actor.ppo_mini_batch_size": "warning"}),
         ([KPO_GROUP], {"actor_rollout_ref.actor.clip_ratio_low": "warning"}),
@@ -238,6 +243,12 @@ def test_how_often_prompts_come_back(compose, tmp_path):
     text = "100 prompts, 20 a step, 6 steps: a prompt comes 1.2 times; a memory helps from the second time on"
     assert line("algorithm.adv_estimator=krpo_memory", "trainer.total_training_steps=6") == [("warning", text)]
     assert line("+algorithm=krpo_memory", "data.train_max_samples=40")[0][1].startswith("40 prompts")
+    text = "100 prompts, 20 a step, 75 steps: a prompt comes 15 times, and into the candidates 60 times, every 5 steps"
+    assert line(*SELECT) == [("note", text)]
+    ((status, text),) = line(*SELECT, "data.train_batch_size=30")
+    assert status == "failure" and "from 120 candidates, more than the data's 100 prompts" in text
+    ((status, text),) = line(*SELECT, "trainer.total_training_steps=1")
+    assert status == "failure" and "none of the data's 100 prompts comes twice" in text
     assert line("+algorithm=krpo_memory", "data.train_files=/nowhere.parquet") == []
 
 

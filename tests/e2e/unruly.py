@@ -36,3 +36,9 @@ class EndsEmpty(SingleTurnAgentLoop):
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict, **kwargs) -> float:
     """1 or 0 as by the toss of a coin, another one for every prompt."""
     return float(sum(map(ord, solution_str + ground_truth)) % 2)
+
+
+def by_prompt(data_source: str, solution_str: str, ground_truth: str, extra_info: dict, **kwargs) -> float:
+    """Two prompts in three teach nothing: one of them earns 1 and the other 0, whatever is answered."""
+    kind = int(ground_truth) % 3
+    return kind / 2 if kind != 1 else compute_score(data_source, solution_str, ground_truth, extra_info)

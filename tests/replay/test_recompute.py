@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from verl_krpo.advantage import ESTIMATORS, krpo, krpo_memory, settings_of
 from verl_krpo.advantage.memory import PromptMemory
@@ -441,25 +440,23 @@ def test_every_key_of_a_verdict_composes(compose):
     }
 
 
-def test_the_terminal_report_fits_80_columns(folder, tmp_path):
-    console = Console(width=80, record=True, file=open(tmp_path / "out", "w"))
-    page.show([replay(folder)], console)
-    text = console.export_text()
+def test_the_terminal_report_fits_80_columns(folder, capsys):
+    page.show([replay(folder)])
+    text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     for method in METHODS:
         assert re.search(rf"^{method} +[\d.]+ +[\d.]+ ", text, re.M)
 
 
-def test_runs_with_weights_and_without_are_one_report(folder, tmp_path):
+def test_runs_with_weights_and_without_are_one_report(folder, tmp_path, capsys):
     rng = np.random.default_rng(0)
     rows = [row | {"log_probs": (-rng.random(3)).tolist()} for row in bernoulli()]
     runs = [replay(folder), replay(write_steps(tmp_path / "weighted", rows))]
     assert set(runs[1].methods) - set(runs[0].methods) == {"krpo_adaptive_score", "krpo_memory_score", "opo"}
     assert runs[1].totals["krpo_adaptive"].squares == runs[0].totals["krpo_adaptive"].squares
-    console = Console(width=80, record=True, file=open(tmp_path / "out", "w"))
-    page.show(runs, console)
-    text, html = console.export_text(), page.html(runs)
+    page.show(runs)
+    text, html = capsys.readouterr().out, page.html(runs)
     assert "Variance of the gradient, rloo = 1" in text and "Variance of the rewards (no log-probs" in text
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     assert html.count("data:image/svg+xml;base64,") == 2 * 5

@@ -79,13 +79,13 @@ def fitted(seen: Observed) -> LocalLevel:
     # Deviations from the mean of all, which is exactly the first reward where all are equal.
     grand = values[0, 0] + _mean(values - values[0, 0], weights)
     others = variation(values - grand, weights, sum_of_others)
-    weight, members = weights.sum(dim=1), (weights > 0).sum(dim=1).double()
-    unit = sum_of_others(weight) / sum_of_others(members).clamp(min=1)  # mean weight: no baseline reads its own
+    weight, members = sum_of_others(weights.sum(dim=1)), others.within_degrees + others.between_degrees + 1
+    unit = weight / members.clamp(min=1)  # mean weight: no baseline reads its own
     measurement_var = noise_var(others.within, others.within_degrees, torch.where(unit > 0, unit, 1.0))
     init_var = prior_var(others, measurement_var)
     init_var = torch.where(others.between_degrees < 1, torch.inf, init_var)
     total = (weights * (values - grand)).sum(dim=1)
-    init_mean = grand + sum_of_others(total) / sum_of_others(weight).clamp(min=torch.finfo(total.dtype).tiny)
+    init_mean = grand + sum_of_others(total) / weight.clamp(min=torch.finfo(total.dtype).tiny)
     return LocalLevel(0.0, measurement_var, init_mean, init_var)
 
 

@@ -35,6 +35,7 @@ Until a step has had two groups there are no such noises: the prior is that of k
 In the first step that has two, the prior still is, while the states are stored with that step's own R and P0.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -69,6 +70,15 @@ class Visits(NamedTuple):
         return kept.sqrt() * self.deviation, torch.where(self.known, init_var - kept * (init_var - self.var), init_var)
 
 
+class Forecast(NamedTuple):
+    """Of prompts before a visit: L + d ~ N(mean, std^2), (groups,), and the range [low, high] of the rewards so far."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    low: float
+    high: float
+
+
 def _zeros(dtype: type, *shape: int) -> Any:
     return field(default_factory=lambda: np.zeros(shape, dtype))
 
@@ -86,6 +96,7 @@ class PromptMemory:
         unit: the mean weight of the last step's rewards, in which the next ones are counted: none reads its own
         moments: sums of a groups.Variation over the steps
         evidence: (candidates,) log-likelihood of RATIOS
+        lowest, highest: reward so far; inf and -inf before the first
     """
 
     keys: np.ndarray = _zeros(np.uint64, 0)
@@ -98,6 +109,8 @@ class PromptMemory:
     unit: float = 1.0
     moments: np.ndarray = _zeros(np.float64, 5)
     evidence: np.ndarray = _zeros(np.float64, len(RATIOS))
+    lowest: float = math.inf
+    highest: float = -math.inf
 
     def __len__(self) -> int:
         """Prompts that are remembered."""
@@ -154,6 +167,19 @@ class PromptMemory:
         age = torch.where(torch.from_numpy(known), step - column(self.visited), 0)
         return Visits(torch.from_numpy(known), age, column(self.deviation), column(self.var))
 
+    def forecast(self, prompts: Iterable, step: int, memory_var: float | str = AUTO) -> Forecast:
+        """What each of these prompts (groups,) earns at `step`; a new one has the prior N(L, P0).
+
+        Until a step had two groups nothing tells prompts apart: all have N(L, 0).
+        """
+        visits, model = self.recall(prompts, step), self.model(memory_var)
+        low, high = (self.lowest, self.highest) if self.lowest <= self.highest else (self.level, self.level)
+        if model is None:
+            return Forecast(np.full(len(visits.age), self.level), np.zeros(len(visits.age)), low, high)
+        init_var = model.numbers()[3]
+        deviation, var = visits.predict(self.ratio(memory_var, init_var), init_var)
+        return Forecast(self.level + deviation.numpy(), var.sqrt().numpy(), low, high)
+
     def store(self, prompts: Iterable, step: int, deviation: torch.Tensor, var: torch.Tensor) -> "PromptMemory":
         """A memory in which the states of prompt ids (groups,) after `step` are these."""
         keys = hashed(prompts)
@@ -203,6 +229,12 @@ def krpo_memory(
 def _visit(memory: PromptMemory, seen: Observed, settings: MemoryConfig, step: int) -> tuple[LocalLevel, PromptMemory]:
     """The prior of every group, and the memory after the step."""
     labels, values = seen.groups.labels, seen.rewards.cpu()
+    rewards = values[seen.groups.mask.cpu()]
+    memory = replace(
+        memory,
+        lowest=min(memory.lowest, rewards.min().item()),
+        highest=max(memory.highest, rewards.max().item()),
+    )
     unit = seen.unit / memory.unit if memory.weight else 1.0  # of seen.weights, in that of the memory
     weights = seen.weights.cpu() * unit
     visits, memory_var = memory.recall(labels, step), settings.memory_var

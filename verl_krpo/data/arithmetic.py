@@ -17,7 +17,6 @@ meets another seed's training set. For `sums`, 12+34 and 34+12 are one problem.
 
 import os
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -53,6 +52,12 @@ LEVELS = {
     "sums": Level(2, 2, "+", train_rows=6_400, test_rows=512),
 }
 PHRASINGS = ("What is {}?", "Solve {}", "Calculate {}", "{} = ?", "{} =", "{}")
+
+
+def _level(name: str) -> Level:
+    if name not in LEVELS:
+        raise ValueError(f"level={name!r} is not one of {', '.join(LEVELS)}")
+    return LEVELS[name]
 
 
 def is_test(key: str) -> bool:
@@ -107,8 +112,7 @@ def problems(level: str, train_rows: int, test_rows: int, seed: int) -> tuple[li
 
     ValueError when the level holds fewer problems than asked for.
     """
-    if level not in LEVELS:
-        raise ValueError(f"level={level!r} is not one of {', '.join(LEVELS)}")
+    bounds = _level(level)
     for name, rows in (("train_rows", train_rows), ("test_rows", test_rows)):
         if rows < 1:
             raise ValueError(f"{name}={rows} must be at least 1")
@@ -116,7 +120,7 @@ def problems(level: str, train_rows: int, test_rows: int, seed: int) -> tuple[li
     train, test, seen = [], [], set()
     misses = 0
     while len(train) < train_rows or len(test) < test_rows:
-        problem = draw_sum(rng) if level == "sums" else draw(LEVELS[level], rng)
+        problem = draw_sum(rng) if level == "sums" else draw(bounds, rng)
         held_out = is_test(problem.expression)
         split, wanted = (test, test_rows) if held_out else (train, train_rows)
         unseen = problem.question if level == "sums" else problem.expression
@@ -137,23 +141,13 @@ def problems(level: str, train_rows: int, test_rows: int, seed: int) -> tuple[li
 def rows(level: str, train_rows: int, test_rows: int, seed: int) -> parquet.Splits:
     """The two splits as verl rows."""
     system = None if level == "sums" else parquet.THINK_AND_ANSWER
+
+    def row(problem: Problem, split: str, index: int) -> dict:
+        extra = {"terms": problem.terms, "digits": problem.digits}
+        return parquet.row(f"arithmetic_{level}", problem.question, problem.answer, split, index, system, **extra)
+
     made = zip(("train", "test"), problems(level, train_rows, test_rows, seed), strict=True)
-    return {
-        split: [
-            parquet.row(
-                f"arithmetic_{level}",
-                problem.question,
-                problem.answer,
-                split,
-                index,
-                system,
-                terms=problem.terms,
-                digits=problem.digits,
-            )
-            for index, problem in enumerate(chosen)
-        ]
-        for split, chosen in made
-    }
+    return {split: [row(problem, split, index) for index, problem in enumerate(chosen)] for split, chosen in made}
 
 
 def prepare(
@@ -162,25 +156,19 @@ def prepare(
     train_rows: int | None = None,
     test_rows: int | None = None,
     seed: int = 0,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Path]:
     """Write OUT/train.parquet, OUT/test.parquet and the card; None takes the level's own number of rows."""
-    if level not in LEVELS:
-        raise ValueError(f"level={level!r} is not one of {', '.join(LEVELS)}")
-    train_rows = LEVELS[level].train_rows if train_rows is None else train_rows
-    test_rows = LEVELS[level].test_rows if test_rows is None else test_rows
-    settings = {
-        "name": "arithmetic",
+    bounds = _level(level)
+    wanted = {
         "level": level,
-        "train_rows": train_rows,
-        "test_rows": test_rows,
+        "train_rows": bounds.train_rows if train_rows is None else train_rows,
+        "test_rows": bounds.test_rows if test_rows is None else test_rows,
         "seed": seed,
-        "source": parquet.checksum(Path(__file__)),
     }
-    bounds = LEVELS[level]
     about = (
         f"Generated arithmetic, level {level}: 2 to {bounds.max_terms} terms of at most {bounds.max_digits} digits "
         f"with the operators {' '.join(bounds.operators)}. No test problem occurs in any training set. "
         "Reward: `verl_krpo/reward/answer_tag.py`."
     )
-    return parquet.write(out, settings, lambda: rows(level, train_rows, test_rows, seed), about, say)
+    settings = {"name": "arithmetic", **wanted, "source": parquet.checksum(Path(__file__))}
+    return parquet.write(out, settings, lambda: rows(**wanted), about)

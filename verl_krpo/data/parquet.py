@@ -71,7 +71,6 @@ def write(
     settings: dict,
     make: Callable[[], Splits],
     about: str,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Path]:
     """Write `make()` to OUT/<split>.parquet and the card; return the path of every split.
 
@@ -85,7 +84,7 @@ def write(
     before = recorded(out)
     if before.get("settings") == settings and _intact(out, before["files"]):
         for name, facts in before["files"].items():
-            say(f"{out / name}: up to date, {facts['rows']:,} rows, sha256 {facts['sha256'][:12]}")
+            print(f"{out / name}: up to date, {facts['rows']:,} rows, sha256 {facts['sha256'][:12]}")
         return {Path(name).stem: out / name for name in before["files"]}
 
     out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +97,7 @@ def write(
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), partial)
         os.replace(partial, path)
         files[path.name] = {"rows": len(rows), "sha256": checksum(path)}
-        say(f"{path}: {len(rows):,} rows, sha256 {files[path.name]['sha256'][:12]}")
+        print(f"{path}: {len(rows):,} rows, sha256 {files[path.name]['sha256'][:12]}")
         example = rows[0]
     _write_card(out, settings, files, about, example)
     return {Path(name).stem: out / name for name in files}

@@ -57,7 +57,6 @@ def prepare(
     source: str | os.PathLike | None = None,
     limit: int | None = None,
     topic: str | None = None,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Path]:
     """Write the dataset `name` to OUT/<split>.parquet with a card; return the paths.
 
@@ -86,7 +85,7 @@ def prepare(
         "topic": topic,
         "code": parquet.checksum(Path(module.__file__)),
     }
-    return parquet.write(out, settings, lambda: rows(dataset, source, limit), dataset.about, say)
+    return parquet.write(out, settings, lambda: rows(dataset, source, limit), dataset.about)
 
 
 def _of_topic(problem: Problem | None, topic: str) -> Problem | None:

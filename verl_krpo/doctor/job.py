@@ -12,9 +12,21 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from verl_krpo.advantage import ESTIMATORS, settings_of
-from verl_krpo.config import KPO_AT, AdaptiveConfig, JspoConfig, KpoConfig, KrpoConfig, MemoryConfig, Weight, read
+from verl_krpo.config import (
+    KPO_AT,
+    AdaptiveConfig,
+    Choice,
+    JspoConfig,
+    KpoConfig,
+    KrpoConfig,
+    MemoryConfig,
+    Objective,
+    Weight,
+    read,
+)
 from verl_krpo.doctor import data
 from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
+from verl_krpo.plugin import next_batch
 from verl_krpo.policy_loss import LOSSES
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -107,9 +119,9 @@ def reason(error: Exception) -> str:
 class Caveat(NamedTuple):
     """A setting of verl's that changes what krpo or kpo does. text: `{value}` stands for the key's value."""
 
-    applies: Callable[[DictConfig, Any], Any]  # of the config and the method's own settings
     key: str
     status: str
+    applies: Callable[[Any, Any, DictConfig], Any]  # of the key's value, the method's own settings, and the job
     text: str
 
 
@@ -117,8 +129,8 @@ def _remembers(settings: Any) -> bool:
     return isinstance(settings, MemoryConfig)
 
 
-def _weighs(settings: Any) -> bool:
-    return getattr(settings, "weight", Weight.none) != Weight.none
+def _selects(settings: Any) -> bool:
+    return _remembers(settings) and settings.select == Choice.signal
 
 
 def _filters(settings: Any) -> bool:
@@ -132,85 +144,59 @@ def _shrinks(settings: Any) -> bool:
 
 
 OF_ESTIMATORS = (
-    Caveat(
-        lambda c, own: c.actor_rollout_ref.rollout.n == 1 and _filters(own),
-        f"{ROLLOUT}.n", "warning",
-        "{value}: a group of one is compared with the prior mean only; use n >= 4, or +algorithm=krpo_memory",
-    ),
-    Caveat(
-        lambda c, own: c.actor_rollout_ref.rollout.n == 1 and _shrinks(own) and not _remembers(own),
-        f"{ROLLOUT}.n", "note",
-        "{value}: compared with the other prompts of the batch; +algorithm=krpo_memory adds the prompt's own past",
-    ),
-    Caveat(
-        lambda c, own: _filters(own) and own.order == "arrival",
-        "algorithm.krpo.order", "warning", "arrival: verl's rows arrive shortest first, so place follows length",
-    ),
-    Caveat(
-        lambda c, own: _filters(own) and own.order != "arrival" and c.trainer.balance_batch,
-        "trainer.balance_batch", "note", "rows are moved; harmless, as krpo.order=shuffled follows no row order",
-    ),
-    Caveat(
-        lambda c, own: _filters(own) and own.scale == "filter_std" and c.actor_rollout_ref.actor.grad_clip,
-        f"{ACTOR}.grad_clip", "note",
-        "{value}: published KRPO advantages are several times GRPO's, so this clips far more often",
-    ),
-    Caveat(
-        lambda c, own: _weighs(own) and OmegaConf.select(c, f"{CORRECTION}.bypass_mode"),
-        f"{CORRECTION}.bypass_mode", "note", "responses are weighed by the log-probs of the rollout",
-    ),
-    Caveat(
-        lambda c, own: c.algorithm.use_kl_in_reward,
-        "algorithm.use_kl_in_reward", "warning", "the KL penalty is part of the rewards that are filtered",
-    ),
-    Caveat(
-        lambda c, own: c.actor_rollout_ref.rollout.multi_turn.enable,
-        f"{ROLLOUT}.multi_turn", "note", "a session counts once, by its final output; tool tokens are masked",
-    ),
-    Caveat(
-        lambda c, own: OmegaConf.select(c, "algorithm.filter_groups.enable") and not _shrinks(own),
-        "algorithm.filter_groups", "note", "groups of equal rewards are dropped before krpo sees them",
-    ),
-    Caveat(
-        lambda c, own: OmegaConf.select(c, "algorithm.filter_groups.enable") and _shrinks(own),
-        "algorithm.filter_groups.enable", "warning",
-        "{value}: the groups it drops are what shrinking gains from; with it this is no better than rloo and weighs "
-        "easy and hard prompts less. Set it to false, or algorithm.adv_estimator=rloo",
-    ),
-    Caveat(
-        lambda c, own: OmegaConf.select(c, f"{CORRECTION}.rollout_rs"),
-        f"{CORRECTION}.rollout_rs", "note", "a response that is masked whole leaves its group",
-    ),
+    Caveat(f"{ROLLOUT}.n", "warning", lambda n, own, job: n == 1 and _filters(own),
+           "{value}: a group of one is compared with the prior mean only; use n >= 4, or +algorithm=krpo_memory"),
+    Caveat(f"{ROLLOUT}.n", "note", lambda n, own, job: n == 1 and _shrinks(own) and not _remembers(own),
+           "{value}: compared with the other prompts of the batch; +algorithm=krpo_memory adds the prompt's own past"),
+    Caveat("algorithm.krpo.order", "warning", lambda _, own, job: _filters(own) and own.order == "arrival",
+           "arrival: verl's rows arrive shortest first, so place follows length"),
+    Caveat("trainer.balance_batch", "note", lambda moved, own, job: moved and _filters(own) and own.order != "arrival",
+           "rows are moved; harmless, as krpo.order=shuffled follows no row order"),
+    Caveat(f"{ACTOR}.grad_clip", "note", lambda clip, own, job: clip and _filters(own) and own.scale == "filter_std",
+           "{value}: published KRPO advantages are several times GRPO's, so this clips far more often"),
+    Caveat(f"{CORRECTION}.bypass_mode", "note",
+           lambda on, own, job: on and getattr(own, "weight", Weight.none) != Weight.none,
+           "responses are weighed by the log-probs of the rollout"),
+    Caveat("algorithm.use_kl_in_reward", "warning", lambda on, own, job: on,
+           "the KL penalty is part of the rewards that are filtered"),
+    Caveat(f"{ROLLOUT}.multi_turn", "note", lambda turns, own, job: turns.enable,
+           "a session counts once, by its final output; tool tokens are masked"),
+    Caveat("algorithm.krpo_memory.select", "note",
+           lambda _, own, job: _selects(own) and own.objective == Objective.signal,
+           "{value}: prompts that are expected to teach nothing are left out until the forecast is unsure of them, so "
+           "training is on other prompts than the data hold; objective=same weighs them so that it is not"),
+    Caveat("algorithm.krpo_memory.objective", "note",
+           lambda _, own, job: _selects(own) and own.objective == Objective.same,
+           "{value}: advantages are multiplied by up to 10; krpo/effective_prompts says what a step is worth"),
+    Caveat("algorithm.krpo_memory.allocate", "note",
+           lambda _, own, job: _remembers(own) and own.allocate == Choice.signal,
+           "{value}: a prompt gets 1 response or more, rollout.n on average; its advantages count inversely"),
+    Caveat("algorithm.use_kl_in_reward", "warning", lambda on, own, job: on and _remembers(own) and own.chooses,
+           "what a prompt teaches is judged as if its rewards were the lowest or highest so far, KL penalty included"),
+    Caveat("algorithm.filter_groups", "note", lambda drop, own, job: drop and drop.enable and not _shrinks(own),
+           "groups of equal rewards are dropped before krpo sees them"),
+    Caveat("algorithm.filter_groups.enable", "warning", lambda on, own, job: on and _shrinks(own),
+           "{value}: the groups it drops are what shrinking gains from; with it this is no better than rloo and weighs "
+           "easy and hard prompts less. Set it to false, or algorithm.adv_estimator=rloo"),
+    Caveat(f"{CORRECTION}.rollout_rs", "note", lambda on, own, job: on,
+           "a response that is masked whole leaves its group"),
 )  # fmt: skip
 OF_KPO = (
-    Caveat(
-        lambda c, kpo: _updates_once(c),
-        f"{ACTOR}.ppo_mini_batch_size", "warning",
-        "{value}: one update a batch: the ratio is 1 and kpo does nothing; make it smaller",
-    ),
-    Caveat(
-        lambda c, kpo: kpo.measurement_var != "batch" and _last_gain(c, kpo) < 1e-4,
-        "data.max_response_length", "warning",
-        "{value}: the gain is below 1e-4 even there, kpo hardly moves; raise process_var for short responses",
-    ),
-    Caveat(
-        lambda c, kpo: kpo.clip and _clip_low(c) > 0.01,
-        f"{ACTOR}.clip_ratio_low", "warning",
-        "{value}: the filtered ratio stays near 1; published are 3e-4 and 4e-4 (clip_ratio where it is None)",
-    ),
-    Caveat(
-        lambda c, kpo: OmegaConf.select(c, f"{CORRECTION}.bypass_mode"),
-        f"{CORRECTION}.bypass_mode", "note",
-        "old log-probs are the rollout's: their noise enters the ratio that kpo filters",
-    ),
-    Caveat(
-        lambda c, kpo: OmegaConf.select(c, "distillation.enabled"),
-        "distillation.enabled", "warning", "kpo is the loss of the task rewards; distillation has its own beside it",
-    ),
-    Caveat(
-        lambda c, kpo: c.actor_rollout_ref.actor.loss_agg_mode != "seq-mean-token-mean",
-        f"{ACTOR}.loss_agg_mode", "note", "{value}: published is seq-mean-token-mean",
-    ),
+    Caveat(f"{ACTOR}.ppo_mini_batch_size", "warning",
+           lambda size, kpo, job: job.actor_rollout_ref.actor.ppo_epochs == 1 and size >= job.data.train_batch_size,
+           "{value}: one update a batch: the ratio is 1 and kpo does nothing; make it smaller"),
+    Caveat("data.max_response_length", "warning",
+           lambda tokens, kpo, job: kpo.measurement_var != "batch" and _last_gain(kpo, tokens) < 1e-4,
+           "{value}: the gain is below 1e-4 even there, kpo hardly moves; raise process_var for short responses"),
+    Caveat(f"{ACTOR}.clip_ratio_low", "warning",
+           lambda low, kpo, job: kpo.clip and (job.actor_rollout_ref.actor.clip_ratio if low is None else low) > 0.01,
+           "{value}: the filtered ratio stays near 1; published are 3e-4 and 4e-4 (clip_ratio where it is None)"),
+    Caveat(f"{CORRECTION}.bypass_mode", "note", lambda on, kpo, job: on,
+           "old log-probs are the rollout's: their noise enters the ratio that kpo filters"),
+    Caveat("distillation.enabled", "warning", lambda on, kpo, job: on,
+           "kpo is the loss of the task rewards; distillation has its own beside it"),
+    Caveat(f"{ACTOR}.loss_agg_mode", "note", lambda mode, kpo, job: mode != "seq-mean-token-mean",
+           "{value}: published is seq-mean-token-mean"),
 )  # fmt: skip
 
 
@@ -220,12 +206,11 @@ def caveats(config: DictConfig) -> list[Finding]:
     if estimator is None and kpo is None:
         text = f"{config.algorithm.adv_estimator}, with {LOSS}={OmegaConf.select(config, LOSS)}"
         return [Finding(ESTIMATOR, "warning", f"{text}: this job uses neither KRPO nor KPO", section=SECTION)]
-    findings = [
-        Finding(key, status, text.format(value=OmegaConf.select(config, key)), section=SECTION)
-        for method, table in ((estimator, OF_ESTIMATORS), (kpo, OF_KPO))
-        for applies, key, status, text in table
-        if method is not None and applies(config, method)
-    ]
+    findings = []
+    for method, table in ((estimator, OF_ESTIMATORS), (kpo, OF_KPO)):
+        for key, status, applies, text in table if method else ():
+            if applies(value := OmegaConf.select(config, key), method, config):
+                findings.append(Finding(key, status, text.format(value=value), section=SECTION))
     return findings + ([] if estimator is None else _recurrence(config, estimator))
 
 
@@ -241,27 +226,21 @@ def _recurrence(config: DictConfig, estimator: Any) -> list[Finding]:
         if not often or not _shrinks(estimator):
             return []
         return [Finding("data.train_files", "note", f"{text}; +algorithm=krpo_memory remembers it", section=SECTION)]
+    if estimator.chooses and (wrong := next_batch.unfit(estimator, rows, batch, steps)):
+        return [Finding("data.train_files", "failure", wrong, section=SECTION, code=WRONG_JOB)]
+    if _selects(estimator):
+        text = f"{text}, and into the candidates {steps * batch * estimator.select_from / rows:.3g} times"
     status = "note" if often else "warning"
     advice = f", every {rows / batch:.3g} steps" if often else "; a memory helps from the second time on"
     return [Finding("data.train_files", status, text + advice, section=SECTION)]
 
 
-def _updates_once(config: DictConfig) -> bool:
-    actor = config.actor_rollout_ref.actor
-    return actor.ppo_epochs == 1 and actor.ppo_mini_batch_size >= config.data.train_batch_size
-
-
-def _last_gain(config: DictConfig, kpo: KpoConfig) -> float:
+def _last_gain(kpo: KpoConfig, tokens: int) -> float:
     from verl_krpo.kalman import LocalLevel
     from verl_krpo.kalman.sequence import schedule
 
     model = LocalLevel(kpo.process_var, kpo.measurement_var, 0.0, kpo.init_var)
-    return schedule(model, kpo.gain, config.data.max_response_length)[-1].item()
-
-
-def _clip_low(config: DictConfig) -> float:
-    actor = config.actor_rollout_ref.actor
-    return actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low
+    return schedule(model, kpo.gain, tokens)[-1].item()
 
 
 def check(overrides: list[str]) -> int:

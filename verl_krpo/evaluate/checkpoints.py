@@ -13,7 +13,6 @@ compared on the problems that both dumps hold: mean difference of avg@n, its int
 two-sided p-value of a sign-flip permutation test.
 """
 
-import csv
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from verl_krpo.evaluate.pass_at_k import majority_at, pass_at, powers_of_two
-from verl_krpo.report import figure
+from verl_krpo.report import figure, tables
 from verl_krpo.report.intervals import Measured, p_value, resampled
 from verl_krpo.reward import answer_tag
 from verl_krpo.reward.math import extract
@@ -127,93 +126,57 @@ def _names(paths: Sequence[Path]) -> list[str]:
     raise ValueError(f"the same dump is named twice: {', '.join(map(str, paths))}")
 
 
-def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None, console=None) -> Path:
-    """Print the table of the dumps, and the comparison of each with the first; write evaluation.csv, .png and .svg.
+def show(paths: Sequence[str | os.PathLike], out: str | os.PathLike | None = None) -> Path:
+    """Print the table of the dumps, and the comparison of each with the first; write evaluation.csv and .png.
 
     They go to the folder `out`, by default that of the first dump. Returns the path of the CSV.
     """
-    from rich.console import Console
-
     if not paths:
         raise ValueError("name at least one dump: a STEP.jsonl or its folder")
     paths = [Path(path) for path in paths]
     runs = dict(zip(_names(paths), map(read, paths), strict=True))
     measured = {run: {name: summary(b) for name, b in benchmarks.items()} for run, benchmarks in runs.items()}
-    console = console or Console()
-    _print_table(runs, measured, console)
-    first = next(iter(runs))
-    comparisons = {
-        run: [compare(name, runs[first][name], runs[run][name]) for name in runs[run] if name in runs[first]]
-        for run in runs
-        if run != first
-    }
-    _print_comparisons(first, comparisons, console)
-
-    out = Path(out) if out is not None else _dump(paths[0]).parent
-    out.mkdir(parents=True, exist_ok=True)
-    table = _write_csv(runs, measured, comparisons, out / "evaluation.csv")
-    for label, path in (("table", table), ("figure", plot(measured, out / "evaluation.png"))):
-        console.print(f"{label}: {path}", soft_wrap=True, markup=False, highlight=False)
-    return table
-
-
-def _print_table(runs: dict, measured: dict, console) -> None:
-    from rich.table import Table
-
+    rows = []
     for run, benchmarks in measured.items():
-        shown = Table(title=run, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
-        shown.add_column("benchmark", overflow="fold")
-        for heading in ("size x n", "avg@n", "pass@n", "maj@n"):
-            shown.add_column(heading, justify="right", no_wrap=True)
+        lines = []
         for name, estimates in benchmarks.items():
-            problems = runs[run][name]
-            counts = sorted({len(problem.right) for problem in problems.values()})
+            of_run = {"checkpoint": run, "benchmark": name, "problems": len(runs[run][name])}
+            rows += [of_run | {"metric": metric} | e._asdict() | {"p_value": ""} for metric, e in estimates.items()]
+            counts = sorted({len(problem.right) for problem in runs[run][name].values()})
             samples = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
             cells = (_cell(estimates[f"{metric}@{counts[0]}"]) for metric in ("avg", "pass", "maj"))
-            shown.add_row(name, f"{len(problems)} x {samples}", *cells)
-        console.print(shown)
-    console.print("percent [95 % interval over problems], n samples a problem", markup=False, highlight=False)
+            lines.append([name, f"{len(runs[run][name])} x {samples}", *cells])
+        tables.show(("benchmark", "size x n", "avg@n", "pass@n", "maj@n"), lines, title=run)
+    print("percent [95 % interval over problems], n samples a problem")
+
+    first, *others = runs
+    for run in others:
+        print(f"\n{run} minus {first}, avg in points:")
+        shared = [name for name in runs[run] if name in runs[first]]
+        for c in (compare(name, runs[first][name], runs[run][name]) for name in shared):
+            of_run = {"checkpoint": run, "benchmark": c.benchmark, "problems": c.problems, "metric": "avg difference"}
+            rows.append(of_run | c.difference._asdict() | {"p_value": c.p_value})
+            value, low, high = (100 * x for x in c.difference)
+            left_out = f", {c.left_out} not in both" if c.left_out else ""
+            text = f"{value:+.1f} [{low:+.1f}, {high:+.1f}], p = {c.p_value:.2g}, {c.problems} problems{left_out}"
+            print(f"  {c.benchmark}: {text}")
+        if not shared:
+            print("  no benchmark in common")
+
+    out = Path(out) if out is not None else _dump(paths[0]).parent
+    tables.write_csv(out / "evaluation.csv", rows)
+    print(f"table: {out / 'evaluation.csv'}")
+    print(f"figure: {plot(measured, out / 'evaluation.png')}")
+    return out / "evaluation.csv"
 
 
 def _cell(estimate: Measured) -> str:
-    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
+    value, low, high = (100 * x for x in estimate)
     return f"{value:.3g} [{low:.0f}, {high:.0f}]" if value >= 99.95 else f"{value:.1f} [{low:.0f}, {high:.0f}]"
 
 
-def _print_comparisons(first: str, comparisons: dict[str, list[Comparison]], console) -> None:
-    for run, made in comparisons.items():
-        console.print(f"\n{run} minus {first}, avg in points:", soft_wrap=True, markup=False, highlight=False)
-        for c in made:
-            d = c.difference
-            left_out = f", {c.left_out} not in both" if c.left_out else ""
-            console.print(
-                f"  {c.benchmark}: {100 * d.value:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}], "
-                f"p = {c.p_value:.2g}, {c.problems} problems{left_out}",
-                soft_wrap=True,
-                markup=False,
-                highlight=False,
-            )
-        if not made:
-            console.print("  no benchmark in common", highlight=False)
-
-
-def _write_csv(runs: dict, measured: dict, comparisons: dict[str, list[Comparison]], path: Path) -> Path:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["checkpoint", "benchmark", "problems", "metric", "value", "low", "high", "p_value"])
-        for run, benchmarks in measured.items():
-            for name, estimates in benchmarks.items():
-                for metric, e in estimates.items():
-                    writer.writerow([run, name, len(runs[run][name]), metric, e.value, e.low, e.high, ""])
-        for run, made in comparisons.items():
-            for c in made:
-                d = c.difference
-                writer.writerow([run, c.benchmark, c.problems, "avg difference", d.value, d.low, d.high, c.p_value])
-    return path
-
-
 def plot(measured: dict[str, dict[str, dict[str, Measured]]], path: str | os.PathLike) -> Path:
-    """A panel a benchmark: pass@k (lines) and maj@k (dashed) over k with their intervals, to PATH.png and PATH.svg."""
+    """A panel a benchmark: pass@k (lines) and maj@k (dashed) over k with their intervals, to PATH.png."""
     names = sorted({name for benchmarks in measured.values() for name in benchmarks})
     drawn, axes = figure.panels(len(names), max(5.0, 3.4 * min(3, len(names))), 3.0)
     colors = figure.colors(list(measured))

@@ -1,5 +1,6 @@
 """`verl-krpo study`: the commands of the laboratory. They import what they need when they run."""
 
+import importlib
 from pathlib import Path
 from typing import Annotated
 
@@ -13,52 +14,27 @@ Out = Annotated[Path, typer.Option("--out", help="The folder to write to.", file
 Seed = Annotated[int, typer.Option(help="The same seed makes the same thing.")]
 
 
-@study.command()
-def permutation(out: Out, seed: Seed = 0) -> None:
-    """How far advantages and gradient depend on the order of a group (seconds)."""
-    from verl_krpo.lab.simulate import permutation
-
-    print(permutation.run(out, seed))
-
-
-@study.command()
-def estimator(out: Out, seed: Seed = 0) -> None:
-    """Every form against GRPO, Dr.GRPO and RLOO over laws of rewards and group sizes (about a minute)."""
-    from verl_krpo.lab.simulate import estimator
-
-    print(estimator.run(out, seed))
+SIMULATED = {
+    "permutation": "How far advantages and gradient depend on the order of a group (seconds).",
+    "estimator": "Every form against GRPO, Dr.GRPO and RLOO over laws of rewards and group sizes (about a minute).",
+    "sensitivity": "Signal-to-noise and scale over a grid of Q and R (seconds).",
+    "adaptive": "krpo_adaptive against RLOO over prompts, group sizes and batch sizes (a few minutes).",
+    "memory": "krpo_memory against RLOO and krpo_adaptive on prompts that recur and drift (a few minutes).",
+    "selection": "What algorithm.filter_groups does to the gradient of each estimator (a few minutes).",
+}
 
 
-@study.command()
-def sensitivity(out: Out, seed: Seed = 0) -> None:
-    """Signal-to-noise and scale over a grid of Q and R (seconds)."""
-    from verl_krpo.lab.simulate import sensitivity
+def _simulated(name: str) -> None:
+    def command(out: Out, seed: Seed = 0) -> None:
+        from verl_krpo.lab.simulate import simulate
 
-    print(sensitivity.run(out, seed))
+        print(simulate.run(importlib.import_module(f"verl_krpo.lab.simulate.{name}"), out, seed))
 
-
-@study.command()
-def adaptive(out: Out, seed: Seed = 0) -> None:
-    """krpo_adaptive against RLOO over prompts, group sizes and batch sizes (a few minutes)."""
-    from verl_krpo.lab.simulate import adaptive
-
-    print(adaptive.run(out, seed))
+    study.command(name, help=SIMULATED[name])(command)
 
 
-@study.command()
-def memory(out: Out, seed: Seed = 0) -> None:
-    """krpo_memory against RLOO and krpo_adaptive on prompts that recur and drift (a few minutes)."""
-    from verl_krpo.lab.simulate import memory
-
-    print(memory.run(out, seed))
-
-
-@study.command()
-def selection(out: Out, seed: Seed = 0) -> None:
-    """What algorithm.filter_groups does to the gradient of each estimator (a few minutes)."""
-    from verl_krpo.lab.simulate import selection
-
-    print(selection.run(out, seed))
+for _name in SIMULATED:
+    _simulated(_name)
 
 
 @study.command()
@@ -126,9 +102,9 @@ def compare(
     out: Out = Path("docs/results/compare"),
     models: Models = MODELS,
     jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
-    gradients: Annotated[Path, typer.Option(help="Where study gradient wrote its CSVs of the same conditions.")] = Path(
-        "docs/results/gradient"
-    ),
+    gradients: Annotated[
+        Path | None, typer.Option(help="Where study gradient wrote its CSVs of these tasks: compares the two rankings.")
+    ] = None,
 ) -> None:
     """The main table: every task, every estimator at its best rate, ten seeds (two to three hours of two cores)."""
     import functools
@@ -141,7 +117,7 @@ def compare(
 @study.command()
 def off_policy(
     out: Out,
-    condition: Annotated[str, typer.Option(help="calm, harsh, calm_long or harsh_long.")] = "calm",
+    condition: Annotated[str, typer.Option(help="calm, harsh, calm_long, harsh_long, length_256 and so on.")] = "calm",
     methods: Annotated[
         str, typer.Option(help="Names from lab/train/losses.py.")
     ] = "reinforce,vanilla,gspo,kpo,kpo_Q0.001_clip0.02",
@@ -153,6 +129,49 @@ def off_policy(
 ) -> None:
     """The same for policy losses on long answers, with many updates a batch."""
     training(out, condition, methods, seeds, first_seed, models, jobs, other)
+
+
+@study.command()
+def choice(
+    out: Out,
+    conditions: Annotated[str, typer.Option(help="Pools, by the share that is hopeless.")] = "dead_0,dead_30,dead_60",
+    methods: Annotated[str, typer.Option(help="A way to choose and an estimator each, from lab/train/choose.py.")] = "",
+    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 10,
+    first_seed: int = 0,
+    models: Models = MODELS,
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    measure: Annotated[
+        str, typer.Option(help="Accuracy of what is compared: curve (the pool) or transfer (prompts outside of it).")
+    ] = "curve",
+) -> None:
+    """Which prompts a step rolls out, and how many responses each gets: every way at equal rollouts (an hour)."""
+    from verl_krpo.lab.train import choose, study
+    from verl_krpo.lab.train.tasks import TASKS
+
+    names = methods.split(",") if methods else list(choose.METHODS)
+    chosen = range(first_seed, first_seed + seeds)
+    tasks = study.tasks(choose.CONDITIONS, conditions.split(","), choose.METHODS, names, chosen)
+    task = TASKS[choose.TASK]
+    study.complete(
+        out / "runs.csv", choose.run, tasks, models, lambda condition: task.build(models / task.folder), jobs
+    )
+    print(study.show(out / "runs.csv", "uniform_memory", measure))
+
+
+@study.command()
+def clipped(
+    out: Out,
+    conditions: Annotated[
+        str, typer.Option(help="Names from lab/train/conditions.py.")
+    ] = "length_256,length_512,length_1024",
+    models: Models = MODELS,
+) -> None:
+    """Where along a response policy losses clip (a minute of one core)."""
+    from verl_krpo.lab.train import clipped
+
+    for condition in conditions.split(","):
+        prepare(models, condition)
+    print(clipped.run(out, models, conditions.split(",")))
 
 
 @study.command()

@@ -49,7 +49,10 @@ def compute_advantage(
         else:
             estimate = ESTIMATORS[name].estimate(rewards, index, settings, weights, counted)
         metrics.record(estimate, settings, found.get(Weight.score), visit)
-        advantages = torch.where(mask, estimate.advantages().to(dtype)[:, None], 0.0)
+        by_row = estimate.advantages()
+        if isinstance(settings, MemoryConfig):
+            by_row = prompt_memory.run().weigh(by_row, index)
+        advantages = torch.where(mask, by_row.to(dtype)[:, None], 0.0)
     return advantages, advantages
 
 

@@ -5,11 +5,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from verl_krpo.advantage import ESTIMATORS, settings_of
-from verl_krpo.config import KPO_AT, KpoConfig, moved, read
+from verl_krpo.config import KPO_AT, Choice, KpoConfig, moved, read
+from verl_krpo.plugin import prompt_memory
 
 ESTIMATOR = "algorithm.adv_estimator"
 KPO_GROUP = "+actor@actor_rollout_ref.actor.policy_loss=kpo"
 LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
+ROLLOUT_N = "actor_rollout_ref.rollout.n"
 CORRECTION = "algorithm.rollout_correction"
 DISTILLATION = "distillation.distillation_loss"
 
@@ -17,6 +19,7 @@ DISTILLATION = "distillation.distillation_loss"
 def check(config: Any) -> None:
     """ValueError for krpo and kpo settings of a whole verl config that are wrong or would have no effect."""
     _check_estimator(config.algorithm)
+    _check_choice(config)
     _check_kpo(config.actor_rollout_ref.actor.policy_loss)
     _check_what_verl_drops(config)
 
@@ -59,6 +62,38 @@ def _check_estimator(algorithm: Any) -> None:
         raise ValueError(wrong)
     if estimator in ESTIMATORS:
         settings_of(estimator, algorithm)
+
+
+def _check_choice(config: Any) -> None:
+    """ValueError for a job that chooses prompts or numbers of responses where verl would not let it."""
+    keys = prompt_memory.settings(config)
+    if keys is None or not keys.chooses:
+        return
+    asked, back = f"algorithm.krpo_memory.{keys.chooses}=signal", f"{keys.chooses}=none"
+    if not OmegaConf.select(config, "trainer.use_v1"):
+        raise ValueError(
+            f"{asked} needs verl's V1 trainer, as the legacy one fetches its prompts in the midst of its loop: set "
+            f"trainer.use_v1=true, or {back}"
+        )
+    if OmegaConf.select(config, "algorithm.filter_groups.enable"):
+        raise ValueError(
+            f"{asked} with algorithm.filter_groups.enable=true: verl drops groups for the rewards it has just seen, "
+            f"and what is left no longer is what was foretold; set enable=false, or {back}"
+        )
+    if keys.allocate == Choice.none:
+        return
+    asked, back = "algorithm.krpo_memory.allocate=signal", "allocate=none"
+    for key, wrong, instead in (
+        ("trainer.v1.trainer_mode", lambda mode: mode != "sync", "sync"),
+        ("trainer.v1.sampler.sync_refill_failed_groups", bool, "false"),
+    ):
+        if wrong(value := OmegaConf.select(config, key)):
+            raise ValueError(
+                f"{asked} with {key}={value}: verl mixes prompts of several fetches into a batch, which then has no "
+                f"whole number of mini-batches; set {key.rpartition('.')[2]}={instead}, or {back}"
+            )
+    if config.actor_rollout_ref.rollout.n == 1:
+        raise ValueError(f"{asked} with {ROLLOUT_N}=1 has nothing to share out: raise {ROLLOUT_N}, or {back}")
 
 
 def _keys_of_another(estimator: Any, algorithm: Any) -> str | None:

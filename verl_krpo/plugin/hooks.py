@@ -55,11 +55,12 @@ def count_sessions_once(compute: Callable, *args: Any, **kwargs: Any) -> Any:
 
 def begin(load_checkpoint: Callable, trainer: Any) -> Any:
     """A trainer that resumes remembers its prompts; how its loss adds tokens up is known."""
-    from verl_krpo.plugin import prompt_memory, scores
+    from verl_krpo.plugin import next_batch, prompt_memory, scores
 
     loaded = load_checkpoint(trainer)
     scores.begin(trainer.config)
     prompt_memory.begin(trainer)
+    next_batch.begin(trainer)
     return loaded
 
 
@@ -73,10 +74,18 @@ def save_memory(save_checkpoint: Callable, trainer: Any) -> Any:
 
 def name_queued_prompts(compute_advantage: Callable, trainer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """The V1 trainer's rows, in its queue, know their prompts."""
-    from verl_krpo.plugin import prompt_memory
+    from verl_krpo.plugin import next_batch, prompt_memory
 
+    next_batch.check_responses(trainer, batch.keys)
     prompt_memory.read_queue(trainer, batch)
     return compute_advantage(trainer, batch, *args, **kwargs)
+
+
+def choose_prompts(fetch: Callable, trainer: Any, num_prompts: int | None = None) -> Any:
+    """The prompts that a memory expects to teach most are rolled out, with more responses."""
+    from verl_krpo.plugin import next_batch
+
+    return next_batch.next_batch(fetch, trainer, num_prompts)
 
 
 def read_batch(compute_advantage: Callable, data: Any, *args: Any, **kwargs: Any) -> Any:
@@ -143,6 +152,14 @@ HOOKS = (
             ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer._load_checkpoint", begin),
             ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer._save_checkpoint", save_memory),
         )
+    ),
+    Hook(
+        "verl.trainer.ppo.v1.trainer_base",
+        "PPOTrainer._next_train_batch",
+        choose_prompts,
+        why="a memory chooses the prompts of a step and their numbers of responses",
+        until="verl lets plugins choose the prompts of a step",
+        needed=False,  # a job that chooses notices: next_batch.begin
     ),
     Hook(
         "hydra._internal.config_loader_impl",

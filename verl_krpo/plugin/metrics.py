@@ -38,6 +38,17 @@ and for krpo_memory
     krpo/memory_age                      steps since their last visit, mean
     krpo/memory_nis                      krpo/nis of these
     krpo/memory_var                      Q a step, learned or given
+    krpo/dead_foretold                   share of the groups of two or more that were expected to have equal rewards
+    krpo/dead                            share of them that have
+
+of them for jobs with select or allocate
+
+    krpo/candidates_new                  share of the candidates that are not remembered
+    krpo/effective_prompts               (sum w)^2 / sum w^2 of the weights of objective=same: so many prompts, all
+                                         alike, would make the gradient as certain
+    krpo/rollouts_saved                  share of rollouts saved, as foretold, to one who takes all prompts alike: at
+                                         the same sum of signals, or with objective=same, and for allocate, at the same
+                                         variance of the gradient
 
 Only counted rows enter. Several estimates within one step (the last 16) are averaged; `groups` and `singletons` are
 summed, and of `group_size_min` the smallest is kept. Nothing is computed before a log asks for it.
@@ -48,6 +59,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from verl_krpo import choice
 from verl_krpo.advantage.estimate import Estimate
 from verl_krpo.advantage.groups import sum_of_others
 from verl_krpo.advantage.memory import PromptMemory
@@ -75,6 +87,7 @@ class Record(NamedTuple):
 
 
 _pending: deque[Record] = deque(maxlen=16)  # bounded, for where nothing ever logs
+_noted: deque[dict[str, float]] = deque(maxlen=16)
 
 
 def scalars(
@@ -142,16 +155,25 @@ def _model(estimate: Estimate, model: LocalLevel, visit: Visit | None, settings:
     if fits.any():
         result["krpo/nis"] = fit[fits].mean().item()
     if visit is not None:
-        result |= _memory(visit, settings, groups.labels, fit, fits)
+        result |= _memory(visit, settings, estimate, fit, fits)
     return result
 
 
 def _memory(
-    visit: Visit, settings: MemoryConfig, labels: Any, fit: torch.Tensor, fits: torch.Tensor
+    visit: Visit, settings: MemoryConfig, estimate: Estimate, fit: torch.Tensor, fits: torch.Tensor
 ) -> dict[str, float]:
-    visits = visit.before.recall(labels, visit.step)
+    groups = estimate.groups
+    visits = visit.before.recall(groups.labels, visit.step)
     known = visits.known
     result = {"krpo/memory_prompts": len(visit.after), "krpo/memory_known": known.double().mean().item()}
+    several = (groups.sizes > 1).cpu().numpy()
+    if several.any():
+        first = estimate.rewards[:, :1]
+        dead = ((estimate.rewards == first) | ~groups.mask).all(dim=1).cpu().numpy()
+        result["krpo/dead"] = dead[several].mean().item()
+        if visit.before.weight:
+            forecast = visit.before.forecast(groups.labels[several], visit.step, settings.memory_var)
+            result["krpo/dead_foretold"] = choice.dead(*forecast, groups.sizes.cpu().numpy()[several]).mean().item()
     if (model := visit.after.model(settings.memory_var)) is not None:
         result["krpo/memory_var"] = model.numbers()[0]
     if known.any():
@@ -165,15 +187,21 @@ def record(estimate: Estimate, settings: Any, scores: torch.Tensor | None = None
     _pending.append(Record(estimate, settings, scores, visit))
 
 
+def note(values: dict[str, float]) -> None:
+    """Keep scalars until the next log."""
+    _noted.append(values)
+
+
 def discard() -> None:
     """Forget what was recorded."""
     _pending.clear()
+    _noted.clear()
 
 
 def drain() -> dict[str, float]:
     """The metrics of what was recorded since the last call, merged."""
-    steps = [scalars(*recorded) for recorded in _pending]
-    _pending.clear()
+    steps = [scalars(*recorded) for recorded in _pending] + list(_noted)
+    discard()
     keys = {key: None for step in steps for key in step}
     return {key: _MERGE.get(key, _mean)([step[key] for step in steps if key in step]) for key in keys}
 

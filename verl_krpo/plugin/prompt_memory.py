@@ -6,27 +6,39 @@ lasts. hooks.py calls this module before the trainers' advantages, and around th
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from verl_krpo.advantage import settings_of
 from verl_krpo.advantage.memory import PromptMemory
+from verl_krpo.config import MemoryConfig
 from verl_krpo.hook import marked
 
 ESTIMATOR = "algorithm.adv_estimator=krpo_memory"
 MEMORY_FILE = "krpo_memory.npz"
 PROMPT_FIELDS = ("raw_prompt", "data_source", "extra_info")
+WEIGHT = "krpo_weight"  # the field of rows whose prompts were chosen (next_batch.py)
 
 
 @dataclass
 class Run:
-    """The run of this process: its trainer, its memory, and the prompts behind the uids of the batch at hand."""
+    """The run of this process: its trainer, its memory, and of the batch at hand by uid what the trainer's rows say.
+
+    names: the prompt. weights: what its advantages are multiplied by, empty where nothing is. responses: how many it
+    was given, empty where rollout.n were. fetched: step of the last fetch of prompts, and how many there were in it.
+    """
 
     trainer: Any
     memory: PromptMemory
     names: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    responses: dict[str, int] = field(default_factory=dict)
+    fetched: tuple[int, int] = (0, 0)
 
     @property
     def step(self) -> int:
@@ -41,6 +53,19 @@ class Run:
                 "that from verl 0.9.1's V1 trainer and from its legacy one. Use one of these, or krpo_adaptive"
             )
         return [self.names[uid] for uid in uids]
+
+    def weigh(self, advantages: torch.Tensor, uids: Sequence[str]) -> torch.Tensor:
+        """Advantages (rows,) times the weights of their prompts."""
+        if not self.weights:
+            return advantages
+        return advantages * advantages.new_tensor([self.weights[uid] for uid in uids])
+
+    def count_fetch(self) -> int:
+        """How many batches of prompts were fetched in this step before."""
+        step, before = self.fetched
+        before = before if step == self.step else 0
+        self.fetched = (self.step, before + 1)
+        return before
 
 
 _run: Run | None = None
@@ -59,6 +84,11 @@ def run() -> Run:
 def remembers(config: Any) -> bool:
     """Whether a verl config asks for a memory."""
     return config.algorithm.adv_estimator == "krpo_memory"
+
+
+def settings(config: Any) -> MemoryConfig | None:
+    """The keys of a verl config's memory, None where it asks for none."""
+    return settings_of("krpo_memory", config.algorithm) if remembers(config) else None
 
 
 def prompt_id(raw_prompt: Iterable[Mapping], data_source: Any, extra_info: Mapping | None) -> str:
@@ -105,8 +135,8 @@ def begin(trainer: Any) -> None:
     _run = Run(trainer, PromptMemory())
     if not _run.step:
         return
-    settings = trainer.config.trainer
-    folder = settings.resume_from_path if settings.resume_mode == "resume_path" else _folder(trainer)
+    resume = trainer.config.trainer
+    folder = resume.resume_from_path if resume.resume_mode == "resume_path" else _folder(trainer)
     path = Path(folder) / MEMORY_FILE
     if path.exists():
         _run.memory = PromptMemory.load(path)
@@ -127,18 +157,28 @@ def _folder(trainer: Any) -> Path:
 
 
 def read_queue(trainer: Any, batch: Any) -> None:
-    """Name the prompts of a batch of the V1 trainer, whose rows are in its TransferQueue."""
-    if remembers(trainer.config):
-        import transfer_queue as tq
+    """What the rows of a batch of the V1 trainer say, which are in its TransferQueue."""
+    keys = settings(trainer.config)
+    if keys is None:
+        return
+    import transfer_queue as tq
 
-        rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["uid", *PROMPT_FIELDS])
-        _name({key: list(rows[key]) for key in ("uid", *PROMPT_FIELDS)})
+    fields = ["uid", *PROMPT_FIELDS, *([WEIGHT] if keys.chooses else [])]
+    rows = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+    _name({key: list(rows[key]) for key in ("uid", *PROMPT_FIELDS)})
+    if keys.chooses:
+        run().weights = dict(zip(rows["uid"], (float(weight) for weight in rows[WEIGHT]), strict=True))
 
 
 def read_batch(data: Any) -> None:
     """Name the prompts of a batch of the legacy trainer. (The V1 trainer's come here too, without PROMPT_FIELDS.)"""
     if _run is not None and all(key in data.non_tensor_batch for key in PROMPT_FIELDS):
         _name(data.non_tensor_batch)
+
+
+def names(rows: Mapping[str, Iterable]) -> list[str]:
+    """The lasting name of the prompt in every row."""
+    return [prompt_id(*fields) for fields in zip(*(rows[key] for key in PROMPT_FIELDS), strict=True)]
 
 
 def _name(rows: Mapping[str, Iterable]) -> None:

@@ -122,13 +122,13 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def show(runs: Sequence[Replay], console=None) -> None:
+def show(runs: Sequence[Replay]) -> None:
     """The report for a terminal of 80 columns."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     for run in runs:
         console.print(Text(f"\n{run.name}", style="bold"))
         for line in verdict(run):

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 from verl_krpo.advantage.memory import PromptMemory, krpo_memory
-from verl_krpo.config import AUTO
 
 UNKNOWN = 0.5, 1 / 12  # mean and variance of Beta(1, 1)
 
@@ -135,11 +134,10 @@ class Memory:
         self.memory, self.level = PromptMemory(), level
 
     def predict(self, prompts, step):
-        if (model := self.memory.model()) is None:
+        if self.memory.model() is None:
             return np.full(len(prompts), UNKNOWN[0]), np.full(len(prompts), UNKNOWN[1])
-        init_var = model.numbers()[3]
-        deviation, var = self.memory.recall(prompts, step).predict(self.memory.ratio(AUTO, init_var), init_var)
-        return self.memory.level + deviation.numpy(), var.numpy()
+        mean, std, _, _ = self.memory.forecast(prompts, step)
+        return mean, std**2
 
     def update(self, prompts, step, right, total):
         members = np.arange(total.max()) < total[:, None]

@@ -1,4 +1,4 @@
-"""One look for every figure: a method has one color everywhere, plain axes, PNG and SVG."""
+"""One look for every figure: a method has one color everywhere, plain axes, a PNG."""
 
 import os
 import re
@@ -102,15 +102,40 @@ def band(panel, x, middle, low, high, color: str, **line) -> None:
     panel.fill_between(x, np.asarray(low), np.asarray(high), color=color, alpha=0.18, linewidth=0)
 
 
+def over_sizes(rows: list[dict], across: str, measures: dict[str, str], lines: dict[object, str], by: str):
+    """(figure, its panels): a column for every value of `across`, a row for every measure, key -> label, and in each a
+    line over the group size, with its interval, for every value of `by` in `lines`, which has their colors."""
+    from matplotlib.ticker import NullLocator
+
+    columns = list(dict.fromkeys(row[across] for row in rows))
+    drawn, panels = axes(
+        len(measures), len(columns), 2 * len(columns), 2.4 * len(measures) + 0.5, sharex=True, sharey="row"
+    )
+    for (line, column), panel in np.ndenumerate(panels):
+        key, here = list(measures)[line], [row for row in rows if row[across] == columns[column]]
+        sizes = sorted({row["size"] for row in here if row["size"].bit_count() == 1})
+        for value, color in lines.items():
+            own = [row for row in here if row[by] == value]
+            ends = ([row[f"{key}{end}"] for row in own] for end in ("", "_low", "_high"))
+            # Others' estimators dashed and on top: where curves agree both are seen.
+            others = by == "estimator" and not str(value).startswith("krpo")
+            style = {"linestyle": (0, (3, 3)), "zorder": 3} if others else {}
+            band(panel, [row["size"] for row in own], *ends, color, label=value, marker="o", markersize=2.5, **style)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.set(title=columns[column] if line == 0 else "", ylabel="" if column else measures[key])
+    drawn.supxlabel("group size", fontsize=9)
+    legend(drawn, panels[0, 0], title=by, ncols=6, loc="outside upper center", fontsize=8)
+    return drawn, panels
+
+
 def save(figure, path: str | os.PathLike) -> Path:
-    """Write PATH.png and PATH.svg (either ending may be given); the path of the PNG."""
+    """Write PATH.png (the ending may be given); its path."""
     from matplotlib import rc_context
 
-    path = Path(path)
-    if path.suffix in (".png", ".svg"):
-        path = path.with_suffix("")
+    path = Path(f"{str(path).removesuffix('.png')}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rc_context(STYLE | {"svg.hashsalt": path.name}):
-        figure.savefig(f"{path}.svg", metadata={"Date": None})
-        figure.savefig(f"{path}.png")
-    return Path(f"{path}.png")
+    with rc_context(STYLE):
+        figure.savefig(path)
+    return path

@@ -19,17 +19,20 @@ class Measured(NamedTuple):
     low: float
     high: float
 
+    def columns(self, name: str) -> dict[str, float]:
+        """Of a line of a CSV."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def resampled(values: Sequence[float]) -> Measured:
     """Mean over problems with the 95 % percentile interval of its bootstrap."""
-    values = np.asarray(values, dtype=np.float64)
-    return Measured(float(values.mean()), *middle(_of_problems(len(values)) @ values / len(values)))
+    return of_weighted(_of_problems(len(values)) @ np.asarray(values, dtype=np.float64))
 
 
 @lru_cache(maxsize=1)
 def _of_problems(count: int) -> np.ndarray:
     """The metrics of a benchmark share it."""
-    return times_drawn(np.random.default_rng(SEED), count, RESAMPLES)
+    return weights(np.random.default_rng(SEED), count, RESAMPLES)
 
 
 def times_drawn(rng: np.random.Generator, count: int, resamples: int) -> np.ndarray:

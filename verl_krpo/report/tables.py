@@ -1,6 +1,7 @@
 """Rows as a CSV, and as a table for people."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -11,6 +12,26 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def show(headings: Sequence[str], rows: list[list[str]], title: str | None = None) -> None:
+    """Print a table for a terminal of 80 columns; numbers after the first column."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", title_style="bold", show_edge=False, pad_edge=False)
+    shown.add_column(headings[0], overflow="fold", max_width=23)
+    for heading in headings[1:]:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
+
+
+def interval(row: dict, key: str, digits: int = 3) -> str:
+    """A number of a row with its interval, Measured.columns; also where the row comes from a CSV."""
+    value, low, high = (f"{float(row[f'{key}{end}']):.{digits}f}" for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:

@@ -11,38 +11,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_krpo.report import figure
-from verl_krpo.runs import log
+from verl_krpo.report import tables
+from verl_krpo.report.paired import differences
+from verl_krpo.runs import log, plot
 from verl_krpo.runs.log import ACCURACY, REWARD, SECONDS, Series
+from verl_krpo.runs.plot import WINDOW
 
-WINDOW = 10
+SHOWN = {REWARD: REWARD, SECONDS: SECONDS, ACCURACY: "val-core/*/acc/mean@*"}
 
 
 @dataclass
 class Run:
-    """One run, each series as {step: value}; an empty one was not logged."""
+    """One run: every metric that was logged."""
 
     name: str
     folder: Path
-    reward: Series
-    seconds: Series
-    accuracy: Series
+    series: dict[str, Series]
 
-    def missing(self) -> list[str]:
-        """Names of the metrics that were not logged."""
-        named = {REWARD: self.reward, SECONDS: self.seconds, "val-core/*/acc/mean@*": self.accuracy}
-        return [key for key, series in named.items() if not series]
+    def values(self, metric: str) -> list[float]:
+        return list(self.series.get(metric, {}).values())
 
     def numbers(self) -> tuple[float, ...]:
         """Accuracy before and after, mean reward of the first and last WINDOW steps, median seconds a step, or NaN."""
-        accuracy, reward = list(self.accuracy.values()), list(self.reward.values())
-        return (
-            accuracy[0] if accuracy else math.nan,
-            accuracy[-1] if accuracy else math.nan,
-            statistics.fmean(reward[:WINDOW]) if reward else math.nan,
-            statistics.fmean(reward[-WINDOW:]) if reward else math.nan,
-            statistics.median(self.seconds.values()) if self.seconds else math.nan,
-        )
+        accuracy, reward, seconds = (self.values(metric) or [math.nan] for metric in (ACCURACY, REWARD, SECONDS))
+        first, last = statistics.fmean(reward[:WINDOW]), statistics.fmean(reward[-WINDOW:])
+        return accuracy[0], accuracy[-1], first, last, statistics.median(seconds)
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that verl finished writing."""
@@ -55,71 +48,40 @@ def read(path: str | os.PathLike) -> Run:
     path = Path(path)
     series = log.series(path)
     if not (REWARD in series or ACCURACY in series):
-        raise ValueError(f"{path} holds neither {REWARD} nor val-core/*/acc/mean@*: has the first step ended?")
-    of_run = (series.get(metric, {}) for metric in (REWARD, SECONDS, ACCURACY))
-    return Run(log.name_of(path), path if path.is_dir() else path.parent, *of_run)
+        raise ValueError(f"{path} holds neither {REWARD} nor {SHOWN[ACCURACY]}: has the first step ended?")
+    return Run(log.name_of(path), path if path.is_dir() else path.parent, series)
 
 
-def smoothed(values: Sequence[float], window: int = WINDOW) -> list[float]:
-    """Centered moving mean; near the ends over the values there are."""
-    half = window // 2
-    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-
-
-def table(runs: Sequence[Run], drawn: Path | None = None, console=None) -> None:
+def table(runs: Sequence[Run], drawn: Path | None = None) -> None:
     """Print one row a run, then the paths; fits in 80 columns."""
-    from rich.console import Console
-
-    console = console or Console(soft_wrap=False)
-
-    def note(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
     rows = []
     for run in runs:
         *learned, seconds = map(_number, run.numbers())
-        rows.append([run.name, *learned, str(max(run.reward, default=0)), seconds])
+        rows.append([run.name, *learned, str(max(run.series.get(REWARD, [0]))), seconds])
     rewards = (f"reward\nfirst {WINDOW}", f"\nlast {WINDOW}")
-    _print(console, ("run", "accuracy\nbefore", "\nafter", *rewards, "\nsteps", "s/step\nmedian"), rows)
+    tables.show(("run", "accuracy\nbefore", "\nafter", *rewards, "\nsteps", "s/step\nmedian"), rows)
     if rows := _over_seeds(runs):
-        console.print()
+        print()
         headings = ("method", "\nseeds", "accuracy\nbefore", "\nafter", f"reward\nlast {WINDOW}", "s/step\nmedian")
-        _print(console, headings, rows)
+        tables.show(headings, rows)
     for run in runs:
-        for key in run.missing():
-            note(f"{run.name}: the log holds no {key}")
-        if len(run.accuracy) == 1:
-            note(f"{run.name}: validated once only, so before and after are one")
+        for metric, key in SHOWN.items():
+            if metric not in run.series:
+                print(f"{run.name}: the log holds no {key}")
+        if len(run.values(ACCURACY)) == 1:
+            print(f"{run.name}: validated once only, so before and after are one")
     for run in runs:
         if checkpoint := run.checkpoint():
-            note(f"checkpoint{f' of {run.name}' if len(runs) > 1 else ''}: {checkpoint}")
+            print(f"checkpoint{f' of {run.name}' if len(runs) > 1 else ''}: {checkpoint}")
     if drawn:
-        note(f"figure: {drawn}")
-
-
-def _print(console, headings: Sequence[str], rows: list[list[str]]) -> None:
-    from rich.table import Table
-
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column(headings[0], overflow="fold", max_width=23)
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def _by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their `_seedN` alone."""
-    methods: dict[str, list[Run]] = {}
-    for run in runs:
-        methods.setdefault(re.sub(r"_seed\d+$", "", run.name), []).append(run)
-    return methods
+        print(f"figure: {drawn}")
 
 
 def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
-    """Mean and standard deviation over the seeds of a method; none where no method has two."""
-    methods = _by_method(runs)
+    """Mean and standard deviation over the seeds of a method, `_seedN`; none where no method has two."""
+    methods: dict[str, list[Run]] = {}
+    for run in runs:
+        methods.setdefault(re.sub(r"_seed\d+$", "", run.name), []).append(run)
     if max(map(len, methods.values())) < 2:
         return []
     rows = []
@@ -129,27 +91,23 @@ def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
     return rows
 
 
-def table_of_differences(runs: Sequence[Run], against: str, console=None) -> None:
+def table_of_differences(runs: Sequence[Run], against: str) -> None:
     """Print reward and accuracy, and what they differ by from the method `against`, paired by seed.
 
     The mean reward of the whole run fluctuates less than the accuracy at its end.
     """
-    from rich.console import Console
-
-    from verl_krpo.report.paired import differences
 
     def cells(_: int, mean: float, difference: float, half: float) -> list[str]:
         interval = "" if math.isnan(half) else f" ±{half:.3f}"
         return [_number(mean, 3), "-" if math.isnan(difference) else f"{difference:+.3f}{interval}"]
 
-    rewards = {run.name: statistics.fmean(run.reward.values()) if run.reward else math.nan for run in runs}
+    rewards = {run.name: statistics.fmean(run.values(REWARD) or [math.nan]) for run in runs}
     reward = differences(rewards, against)
     accuracy = differences({run.name: run.numbers()[1] for run in runs}, against)
     headings = ("method", "\nseeds", "reward\nover run", f"to\n{against}", "accuracy\nat end", f"to\n{against}")
-    console = console or Console(soft_wrap=False)
-    console.print()
+    print()
     rows = [[name, str(of[0]), *cells(*of), *cells(*accuracy[name])] for name, of in reward.items()]
-    _print(console, headings, rows)
+    tables.show(headings, rows)
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
@@ -162,38 +120,9 @@ def _number(value: float, digits: int = 2) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def plot(runs: Sequence[Run], path: str | os.PathLike) -> Path:
-    """Draw the mean reward (faint; smoothed over WINDOW steps) and held-out accuracy (points) to PATH.png and PATH.svg.
-
-    Returns the path of the PNG.
-    """
-    drawn, ((axes,),) = figure.axes(1, 1, 8, 4.8)
-    alone = len(runs) == 1
-    colors = figure.colors([run.name for run in runs])
-    for run in runs:
-        color = colors[run.name]
-        steps, values = list(run.reward), list(run.reward.values())
-        axes.plot(steps, values, color=color, alpha=0.25, linewidth=1)
-        axes.plot(steps, smoothed(values), color=color, linewidth=2, label="mean reward" if alone else run.name)
-        points = list(run.accuracy.items())
-        label = "held-out accuracy" if alone else None
-        axes.plot(*zip(*points, strict=True) if points else ([], []), "o", color=color, markeredgecolor="white",
-                  label=label, clip_on=False, zorder=3)  # fmt: skip
-        for step, height in {points[0], points[-1]} if alone and points else ():
-            axes.annotate(f"{height:.2f}", (step, height), (0, -15), textcoords="offset points", ha="center")
-    axes.set_xlabel("training step")
-    axes.set_ylabel("reward, accuracy" if alone else "mean reward (lines), held-out accuracy (points)")
-    logged = [value for run in runs for series in (run.reward, run.accuracy) for value in series.values()]
-    axes.set_ylim(min(0, *logged), max(1, *logged))
-    figure.whole_steps(axes)
-    figure.legend(drawn, axes, title=runs[0].name if alone else None, alignment="left")
-    return figure.save(drawn, path)
-
-
 def show(
     paths: Sequence[str | os.PathLike],
     out: str | os.PathLike | None = None,
-    console=None,
     against: str | None = None,
 ) -> Path:
     """Read the runs, draw the figure (default: reward.png beside the first log) and print the tables asked for."""
@@ -204,8 +133,8 @@ def show(
     for run, path in zip(runs, paths, strict=True):
         if names.count(run.name) > 1:
             run.name = str(path)
-    drawn = plot(runs, out or runs[0].folder / "reward")
-    table(runs, drawn, console)
+    drawn, _ = plot.draw({run.name: [run.series] for run in runs}, out or runs[0].folder / "reward", plot.PANELS[:2])
+    table(runs, drawn)
     if against:
-        table_of_differences(runs, against, console)
+        table_of_differences(runs, against)
     return drawn

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from verl_krpo.report import figure
 from verl_krpo.runs import log
-from verl_krpo.runs.curves import WINDOW, smoothed
 from verl_krpo.runs.log import ACCURACY, REWARD, Series
+
+WINDOW = 10  # steps of the moving mean
 
 
 @dataclass
@@ -60,13 +63,21 @@ def mean_and_std(seeds: Sequence[Series]) -> tuple[list[int], list[float], list[
     return steps, [statistics.fmean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
 
 
-def draw(methods: dict[str, list[dict[str, Series]]], out: str | os.PathLike) -> tuple[Path, list[str]]:
-    """Draw every panel that has data to OUT.png and OUT.svg. methods: name -> seeds, each as `log.series` returns it.
+def smoothed(values: Sequence[float], window: int = WINDOW) -> list[float]:
+    """Centered moving mean; near the ends over the values there are."""
+    half = window // 2
+    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def draw(
+    methods: dict[str, list[dict[str, Series]]], out: str | os.PathLike, panels: Sequence[Panel] = PANELS
+) -> tuple[Path, list[str]]:
+    """Draw every panel that has data to OUT.png. methods: name -> seeds, each as `log.series` returns it.
 
     Returns the path of the PNG and the titles of the panels drawn. ValueError where no panel has data.
     """
     logged = {metric for seeds in methods.values() for seed in seeds for metric in seed}
-    panels = [panel for panel in PANELS if any(metric in logged for metric, _, _ in panel.lines)]
+    panels = [panel for panel in panels if any(metric in logged for metric, _, _ in panel.lines)]
     if not panels:
         raise ValueError(f"nothing to draw: none of {', '.join(m for p in PANELS for m, _, _ in p.lines)} was logged")
     drawn, axes = figure.panels(len(panels), 4.2 * min(3, len(panels)), 2.9)
@@ -92,10 +103,10 @@ def _line(axis, seeds: list[Series], panel: Panel, color: str, linestyle: str, l
             values = seeds[0].values()
             axis.plot(list(seeds[0]), list(values), color=color, alpha=0.25, linewidth=0.8, linestyle=linestyle)
         seeds = [_smooth(series) for series in seeds]
-    steps, mean, std = mean_and_std(seeds)
-    low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+    steps, *of_seeds = mean_and_std(seeds)
+    mean, std = map(np.array, of_seeds)
     marker = "o" if len(steps) < 10 else None
-    figure.band(axis, steps, mean, low, high, color, linestyle=linestyle, label=label, marker=marker)
+    figure.band(axis, steps, mean, mean - std, mean + std, color, linestyle=linestyle, label=label, marker=marker)
 
 
 def _smooth(series: Series) -> Series:
@@ -113,4 +124,4 @@ def show(runs: Sequence[str], out: str | os.PathLike) -> None:
         last = max((step for seed in seeds for series in seed.values() for step in series), default=0)
         print(f"{name}: {len(seeds)} run{'s' * (len(seeds) > 1)}, {last} steps")
     print(f"drawn: {', '.join(titles)}")
-    print(f"figure: {drawn} and {drawn.with_suffix('.svg').name}")
+    print(f"figure: {drawn}")

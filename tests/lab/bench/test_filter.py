@@ -3,15 +3,15 @@
 import json
 import math
 
-from verl_krpo.lab.bench import __main__ as bench
+from verl_krpo.lab import bench
 from verl_krpo.lab.bench import filter as filter_bench
 from verl_krpo.lab.bench import timing
 
 
-def test_filter_table(monkeypatch, tmp_path, capsys):
+def test_filter_table(monkeypatch, tmp_path):
     monkeypatch.setattr(filter_bench, "SHAPES", ((3, 200),))
     monkeypatch.setattr(timing, "SAMPLE", 1e-5)
-    bench.main(["filter", "--rounds", "2", "--json", str(tmp_path / "filter.json")])
+    table = bench.run("filter", 2, path=tmp_path / "filter.json").splitlines()
     rows = json.loads((tmp_path / "filter.json").read_text())["rows"]
     ours = {row["mask"]: row for row in rows if row["method"] == "ours"}
     assert ours.keys() == {"none", "all", "right-padded", "holes"}
@@ -20,5 +20,4 @@ def test_filter_table(monkeypatch, tmp_path, capsys):
     # Its gains are off at the default, and it takes what is masked for zeros.
     assert published["all"] > 1e-4 and published["holes"] > 0.1
     assert all(math.isfinite(row["microseconds"]) for row in rows)
-    table = capsys.readouterr().out.splitlines()
     assert len(table) == len(rows) + 2 and len({line.count("|") for line in table}) == 1

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from verl_krpo.lab.simulate import memory
+from verl_krpo.lab.simulate import memory, simulate
 from verl_krpo.lab.simulate.memory import Training
 
 
@@ -34,7 +34,7 @@ def test_the_memory_helps_where_prompts_recur_and_costs_nothing_elsewhere(tmp_pa
     assert max(cells["reshuffled", size]["memory_to_adaptive"] for size in (1, 2)) < 1.01
     assert all(0.8 < row["nis"] < 1.25 for row in rows)
     monkeypatch.setattr(memory, "measure", lambda seed: rows)
-    table = memory.run(tmp_path)
+    table = simulate.run(memory, tmp_path)
     assert table.count("recur") == 2 and (tmp_path / "memory.png").exists()
     with open(tmp_path / "memory.csv") as file:
         assert len(list(csv.DictReader(file))) == 4

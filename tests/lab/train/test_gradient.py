@@ -7,21 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from verl_krpo import tiny_model
 from verl_krpo.data import parquet
 from verl_krpo.lab.train import conditions, gradient, loop, methods, study
 from verl_krpo.lab.train.conditions import Condition
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models")
-    tokenizer = tiny_model.tokenizer()
-    model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed=0)
-    tiny_model.warm_start(model, tokenizer, steps=60, seed=0, batch_size=16)
-    model.save_pretrained(path / "tiny")
-    tokenizer.save_pretrained(path / "tiny")
-    return path
 
 
 @pytest.fixture

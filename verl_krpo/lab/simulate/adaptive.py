@@ -1,15 +1,13 @@
 """krpo_adaptive against RLOO: is a prior fitted to the other prompts ever a loss?
 
-Bernoulli rewards over six laws of the prompts' means, batches of 16, 64 and 256 prompts, 95 % intervals over batches
-(bootstrap):
+Bernoulli rewards over six laws of the prompts' means, batches of 16, 64 and 256 prompts; estimator.py's measures, of
+which are shown:
 
     residual   E(r_i - b_i)^2 over RLOO's
     snr        signal-to-noise of the gradient over RLOO's, for a score that is nearly independent of the reward: with
                scale=none, which compares the baselines alone as RLOO has no scale, and as it divides, by an
                estimated scale that fluctuates from batch to batch
 """
-
-from pathlib import Path
 
 import numpy as np
 
@@ -40,51 +38,29 @@ def measure(seed: int = 0, prompts: tuple = PROMPTS, sizes: tuple = SIZES, rewar
     for law in simulate.PROMPT_MEANS:
         for count in prompts:
             for size in sizes:
-                batches = max(40, rewards // (2 * count * size))
-                _, row, baseline = estimator.cell(law, count, size, forms, min(batches, BATCHES), rng)
-                for end in ("", "_low", "_high"):
-                    row[f"snr_unscaled{end}"] = baseline[f"snr_independent{end}"]
-                rows.append(row)
+                batches = min(BATCHES, max(40, rewards // (2 * count * size)))
+                _, row, unscaled = estimator.cell(law, count, size, forms, batches, rng)
+                rows.append(
+                    row | {f"snr_unscaled{end}": unscaled[f"snr_independent{end}"] for end in ("", "_low", "_high")}
+                )
     return rows
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    drawn, axes = figure.axes(3, len(simulate.PROMPT_MEANS), 12, 6.6, sharex=True, sharey="row")
-    colors = ["#9fc5e8", "#5aa9d6", "#1f5fa8"]
-    for column, law in enumerate(simulate.PROMPT_MEANS):
-        for line, (key, label) in enumerate(MEASURES.items()):
-            axis = axes[line, column]
-            for count, color in zip(PROMPTS, colors, strict=True):
-                cells = [row for row in rows if row["law"] == law and row["prompts"] == count]
-                size = [row["size"] for row in cells]
-                value = np.array([row[key] for row in cells])
-                error = np.abs(np.array([[row[f"{key}_low"], row[f"{key}_high"]] for row in cells]).T - value)
-                axis.errorbar(size, value, yerr=error, fmt="o-", ms=3, lw=1.3, color=color, label=f"{count} prompts")
-            axis.axhline(1, color="#4d4d4d", lw=0.8, ls="--")
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(SIZES, [str(size) for size in SIZES])
-            if column == 0:
-                axis.set_ylabel(label)
-            if line == 0:
-                axis.set_title(law, fontsize=9)
-            if line == len(MEASURES) - 1:
-                axis.set_xlabel("group size")
-    axes[0, 0].legend(fontsize=8)
-    figure.save(drawn, path)
+def figures(rows: list[dict]) -> dict:
+    shades = dict(zip(PROMPTS, ("#9fc5e8", "#5aa9d6", "#1f5fa8"), strict=True))
+    drawn, panels = figure.over_sizes(rows, "law", MEASURES, shades, "prompts")
+    for panel in panels.flat:
+        panel.axhline(1, color="#4d4d4d", lw=0.8, ls="--")
+    return {"adaptive": drawn}
 
 
-def run(out: Path, seed: int = 0) -> str:
-    """Write adaptive.csv and adaptive.png (.svg) to `out`; every cell as text."""
-    rows = measure(seed)
-    tables.write_csv(out / "adaptive.csv", rows)
-    draw(rows, out / "adaptive.png")
-    lines = []
-    for law in simulate.PROMPT_MEANS:
-        for count in PROMPTS:
-            cells = [row for row in rows if row["law"] == law and row["prompts"] == count]
-            line = [law, str(count)]
-            for key in MEASURES:
-                line += [f"{c[key]:.3f} ({c[key + '_low']:.3f}-{c[key + '_high']:.3f})" for c in cells]
-            lines.append(line)
-    header = [f"{name}, n={size}" for name in ("E(r-b)^2", "SNR, scale=none", "SNR") for size in SIZES]
-    return tables.table(["prompt means", "prompts", *header], lines)
+def table(rows: list[dict]) -> list[dict]:
+    """A line a law and number of prompts."""
+    lines: dict = {}
+    for row in rows:
+        line = lines.setdefault(
+            (row["law"], row["prompts"]), {"prompt means": row["law"], "prompts": str(row["prompts"])}
+        )
+        for key, name in (("residual", "E(r-b)^2"), ("snr_unscaled", "SNR, scale=none"), ("snr_independent", "SNR")):
+            line[f"{name}, n={row['size']}"] = tables.interval(row, key)
+    return list(lines.values())

@@ -26,24 +26,17 @@ def curves(setting: tuple[float, float, float], tokens: int) -> tuple[torch.Tens
     return gain, 1 - torch.log1p(-gain).cumsum(0).exp()
 
 
-def draw(path: Path) -> None:
-    """Two panels with logarithmic axes."""
-    drawn, panels = figure.axes(1, 2, 10, 3.8)
-    t = torch.arange(1, max(TOKENS) + 1)
-    for name, setting in SETTINGS.items():
-        for panel, curve in zip(panels[0], curves(setting, max(TOKENS)), strict=True):
-            panel.loglog(t, curve.clamp(min=1e-9), label=name)
-    for panel, title in zip(panels[0], ("gain $K_t$", "share of a constant log-ratio taken over"), strict=True):
-        panel.set(title=title, xlabel="token of the response", ylim=(1e-7, 2))
-    panels[0, 1].legend()
-    figure.save(drawn, path)
-
-
 def run(out: Path) -> str:
-    """Write kpo_gain.png and .svg to `out`; gain / share of a constant log-ratio, by setting and token, as text."""
-    draw(out / "kpo_gain")
-    lines = []
+    """Write kpo_gain.png to `out`; gain / share of a constant log-ratio, by setting and token, as text."""
+    drawn, (panels,) = figure.axes(1, 2, 10, 3.8)
+    t, lines = torch.arange(1, max(TOKENS) + 1), []
     for name, setting in SETTINGS.items():
         gain, share = curves(setting, max(TOKENS))
-        lines.append([name, *(f"{gain[t - 1]:.1e} / {share[t - 1]:.2g}" for t in TOKENS)])
-    return tables.table(["setting", *(f"t = {t:,}" for t in TOKENS)], lines)
+        for panel, curve in zip(panels, (gain, share), strict=True):
+            panel.loglog(t, curve.clamp(min=1e-9), label=name)
+        lines.append({"setting": name} | {f"t = {t:,}": f"{gain[t - 1]:.1e} / {share[t - 1]:.2g}" for t in TOKENS})
+    for panel, title in zip(panels, ("gain $K_t$", "share of a constant log-ratio taken over"), strict=True):
+        panel.set(title=title, xlabel="token of the response", ylim=(1e-7, 2))
+    panels[1].legend()
+    figure.save(drawn, out / "kpo_gain")
+    return tables.markdown(lines)

@@ -9,7 +9,6 @@ intervals over seeds (bootstrap), the same prompts and rewards for all.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +20,11 @@ from verl_krpo.report import figure, intervals, tables
 SIZES = (1, 2, 4, 8)
 SEEDS = 24
 VISITS = 3  # before it counts
+RATIOS = {
+    "memory_to_rloo": ("krpo_memory", "reference"),
+    "adaptive_to_rloo": ("krpo_adaptive", "reference"),
+    "memory_to_adaptive": ("krpo_memory", "krpo_adaptive"),
+}
 
 
 @dataclass(frozen=True)
@@ -107,46 +111,36 @@ def measure(seed: int = 0, trainings: dict[str, Training] = TRAININGS, sizes=SIZ
             runs = [residuals(training, size, seed * seeds + k) for k in range(seeds)]
             columns = {key: [run[key] for run in runs] for key in runs[0]}
             row = {"training": name, "size": size, "nis": float(np.mean(columns["nis"]))}
-            for key, over, under in (
-                ("memory_to_rloo", "krpo_memory", "reference"),
-                ("adaptive_to_rloo", "krpo_adaptive", "reference"),
-                ("memory_to_adaptive", "krpo_memory", "krpo_adaptive"),
-            ):
-                row[key], row[f"{key}_low"], row[f"{key}_high"] = ratio(columns[over], columns[under], rng)
+            for key, (over, under) in RATIOS.items():
+                row |= ratio(columns[over], columns[under], rng).columns(key)
             rows.append(row)
     return rows
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    names = list(dict.fromkeys(row["training"] for row in rows))
-    drawn, axes = figure.axes(1, len(names), 1.6 * len(names) + 1, 2.8, sharex=True, sharey=True)
-    for axis, name in zip(axes[0], names, strict=True):
-        cells = [row for row in rows if row["training"] == name]
-        size = [row["size"] for row in cells]
-        for key, label in (("adaptive_to_rloo", "krpo_adaptive"), ("memory_to_rloo", "krpo_memory")):
-            value = np.array([row[key] for row in cells])
-            error = np.abs(np.array([[row[f"{key}_low"], row[f"{key}_high"]] for row in cells]).T - value)
-            axis.errorbar(size, value, yerr=error, fmt="o-", ms=3, lw=1.3, color=figure.color(label), label=label)
-        axis.axhline(1, color="#4d4d4d", lw=0.8, ls="--")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(size, [str(n) for n in size])
-        axis.set_title(name, fontsize=9)
-        axis.set_xlabel("group size")
-    axes[0, 0].set_ylabel("E(r-b)$^2$ / RLOO's\n(n = 1: the batch mean's)")
-    axes[0, 0].legend(fontsize=8)
-    figure.save(drawn, path)
+def figures(rows: list[dict]) -> dict:
+    lines = [
+        {"training": row["training"], "size": row["size"], "baseline": RATIOS[key][0]}
+        | {f"ratio{end}": row[f"{key}{end}"] for end in ("", "_low", "_high")}
+        for row in rows
+        for key in ("adaptive_to_rloo", "memory_to_rloo")
+    ]
+    colors = figure.colors(["krpo_adaptive", "krpo_memory"])
+    label = {"ratio": "E(r-b)$^2$ / RLOO's\n(n = 1: the batch mean's)"}
+    drawn, panels = figure.over_sizes(lines, "training", label, colors, "baseline")
+    for panel in panels.flat:
+        panel.axhline(1, color="#4d4d4d", lw=0.8, ls="--")
+    return {"memory": drawn}
 
 
-def run(out: Path, seed: int = 0) -> str:
-    """Write memory.csv and memory.png (.svg) to `out`; every cell as text."""
-    rows = measure(seed)
-    tables.write_csv(out / "memory.csv", rows)
-    draw(rows, out / "memory.png")
-
-    def cell(row: dict, key: str) -> str:
-        return f"{row[key]:.3f} ({row[key + '_low']:.3f}-{row[key + '_high']:.3f})"
-
-    keys = ("memory_to_rloo", "adaptive_to_rloo", "memory_to_adaptive")
-    lines = [[r["training"], str(r["size"]), *(cell(r, k) for k in keys), f"{r['nis']:.2f}"] for r in rows]
-    header = ["training", "n", "krpo_memory / RLOO", "krpo_adaptive / RLOO", "krpo_memory / krpo_adaptive", "nis"]
-    return tables.table(header, lines)
+def table(rows: list[dict]) -> list[dict]:
+    return [
+        {
+            "training": row["training"],
+            "n": str(row["size"]),
+            "krpo_memory / RLOO": tables.interval(row, "memory_to_rloo"),
+            "krpo_adaptive / RLOO": tables.interval(row, "adaptive_to_rloo"),
+            "krpo_memory / krpo_adaptive": tables.interval(row, "memory_to_adaptive"),
+            "nis": f"{row['nis']:.2f}",
+        }
+        for row in rows
+    ]

@@ -9,13 +9,10 @@ time. Reported for each form, with 95 % intervals over the permutations (bootstr
                           of the scores
 """
 
-from pathlib import Path
-
 import numpy as np
-import torch
 
-from verl_krpo.advantage.krpo import krpo
-from verl_krpo.config import Baseline, KrpoConfig, Order
+from verl_krpo.config import Baseline
+from verl_krpo.lab.simulate import simulate
 from verl_krpo.report import figure, intervals, tables
 
 MULTISETS = {
@@ -25,22 +22,20 @@ MULTISETS = {
     "32 of 64 right": [1.0] * 32 + [0.0] * 32,
 }
 FORMS = {
-    "sequential, Q = 1e-5 (published)": KrpoConfig(order=Order.arrival),
-    "sequential, Q = 0": KrpoConfig(order=Order.arrival, process_var=0.0),
-    "posterior, Q = 0": KrpoConfig(order=Order.arrival, process_var=0.0, baseline=Baseline.posterior),
-    "leave_one_out, Q = 0": KrpoConfig(order=Order.arrival, process_var=0.0, baseline=Baseline.leave_one_out),
-    "leave_one_out, Q = 1e-5": KrpoConfig(order=Order.arrival, baseline=Baseline.leave_one_out),
+    "sequential, Q = 1e-5 (published)": simulate.krpo(),
+    "sequential, Q = 0": simulate.krpo(process_var=0.0),
+    "posterior, Q = 0": simulate.krpo(process_var=0.0, baseline=Baseline.posterior),
+    "leave_one_out, Q = 0": simulate.krpo(process_var=0.0, baseline=Baseline.leave_one_out),
+    "leave_one_out, Q = 1e-5": simulate.krpo(baseline=Baseline.leave_one_out),
 }
+COLORS = ("krpo", "krpo_predicted", "krpo_posterior", "krpo_leave_one_out", "krpo_adaptive")
 DIMENSION = 64
 DRAWS = 100
 
 
-def advantages(rewards: np.ndarray, orders: np.ndarray, settings: KrpoConfig) -> np.ndarray:
+def advantages(rewards: np.ndarray, orders: np.ndarray, form: simulate.Estimator) -> np.ndarray:
     """(permutations, members): the advantage of each member, under every order (permutations, members)."""
-    prompts = np.repeat(np.arange(len(orders)), len(rewards))
-    placed = (
-        krpo(torch.from_numpy(rewards[orders].ravel()), prompts, settings).advantages().numpy().reshape(orders.shape)
-    )
+    _, placed = form(rewards[orders])
     back = np.empty_like(placed)
     np.put_along_axis(back, orders, placed, axis=1)
     return back
@@ -60,62 +55,51 @@ def measure(seed: int = 0, permutations: int = 50) -> list[dict]:
     rng = np.random.default_rng(seed)
     rows = []
     for multiset, rewards in MULTISETS.items():
-        rewards = np.array(rewards)
         orders = np.stack([rng.permutation(len(rewards)) for _ in range(permutations)])
         scores = rng.normal(size=(DRAWS, len(rewards), DIMENSION))
         weights = intervals.weights(rng, permutations)
-        for form, settings in FORMS.items():
-            advantage = advantages(rewards, orders, settings)
+        for name, form in FORMS.items():
+            advantage = advantages(np.array(rewards), orders, form)
             norm = np.linalg.norm(np.einsum("pm,dmk->pdk", advantage, scores), axis=2)
-
             between = spread(weights, advantage).mean(axis=1)
-            total = spread(weights, advantage.reshape(permutations, -1)).mean(axis=1) + np.var(
-                weights @ advantage, axis=1
-            )
+            total = spread(weights, advantage.reshape(permutations, -1)).mean(axis=1)
+            total += np.var(weights @ advantage, axis=1)
             share = np.sqrt(np.clip(between, 0, None) / total)
             variation = (np.sqrt(np.clip(spread(weights, norm), 0, None)) / (weights @ norm)).mean(axis=1)
-            row = {"multiset": multiset, "form": form, "permutations": permutations}
-            for name, values in (("spread_of_A", share), ("spread_of_gradient_norm", variation)):
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), intervals.of_weighted(values), strict=True))
-            row |= {"std_of_A": float(np.sqrt(total[0])), "gradient_norm": float(norm.mean())}
-            rows.append(row)
+            row = {"multiset": multiset, "form": name, "permutations": permutations}
+            row |= intervals.of_weighted(share).columns("spread_of_A")
+            row |= intervals.of_weighted(variation).columns("spread_of_gradient_norm")
+            rows.append(row | {"std_of_A": float(np.sqrt(total[0])), "gradient_norm": float(norm.mean())})
     return rows
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def figures(rows: list[dict]) -> dict:
     drawn, axes = figure.axes(1, 2, 11, 3.6, sharey=True)
-    methods = ("krpo", "krpo_predicted", "krpo_posterior", "krpo_leave_one_out", "krpo_adaptive")
     titles = {
         "spread_of_A": "share of A that is order (std over permutations / std of A)",
         "spread_of_gradient_norm": "gradient norm: coefficient of variation over permutations",
     }
-    for axis, (name, title) in zip(axes[0], titles.items(), strict=True):
-        for k, (form, method) in enumerate(zip(FORMS, methods, strict=True)):
-            of_form = [row for row in rows if row["form"] == form]
-            at = np.arange(len(of_form)) + (k - 2) * 0.15
-            value = np.array([row[name] for row in of_form])
-            error = np.abs(np.array([[row[f"{name}_low"], row[f"{name}_high"]] for row in of_form]).T - value)
-            axis.errorbar(value, at, xerr=error, fmt="o", ms=4, lw=1.2, color=figure.color(method), label=form)
+    for axis, (key, title) in zip(axes[0], titles.items(), strict=True):
+        for k, (form, color) in enumerate(zip(FORMS, COLORS, strict=True)):
+            own = [row for row in rows if row["form"] == form]
+            value, low, high = (np.array([row[f"{key}{end}"] for row in own]) for end in ("", "_low", "_high"))
+            at, error = np.arange(len(own)) + (k - 2) * 0.15, np.abs([value - low, high - value])
+            axis.errorbar(value, at, xerr=error, fmt="o", ms=4, lw=1.2, color=figure.color(color), label=form)
         axis.set_yticks(range(len(MULTISETS)), MULTISETS)
         axis.set_xlim(left=-0.02)
         axis.set_title(title, fontsize=9)
     axes[0, 0].invert_yaxis()
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    drawn.legend(handles, labels, ncols=6, loc="outside lower center", fontsize=8, frameon=False)
-    figure.save(drawn, path)
+    figure.legend(drawn, axes[0, 0], ncols=6, loc="outside lower center", fontsize=8)
+    return {"permutation": drawn}
 
 
-def run(out: Path, seed: int = 0) -> str:
-    """Write permutation.csv and permutation.png (.svg) to `out`; the table as text."""
-    rows = measure(seed)
-    tables.write_csv(out / "permutation.csv", rows)
-    draw(rows, out / "permutation.png")
-    lines = [
-        [row["multiset"], row["form"]]
-        + [
-            f"{row[name]:.3f} ({row[name + '_low']:.3f}-{row[name + '_high']:.3f})"
-            for name in ("spread_of_A", "spread_of_gradient_norm")
-        ]
+def table(rows: list[dict]) -> list[dict]:
+    return [
+        {
+            "rewards": row["multiset"],
+            "form": row["form"],
+            "order's share of A": tables.interval(row, "spread_of_A"),
+            "variation of the gradient norm": tables.interval(row, "spread_of_gradient_norm"),
+        }
         for row in rows
     ]
-    return tables.table(["rewards", "form", "order's share of A", "variation of the gradient norm"], lines)

@@ -12,18 +12,11 @@ one with A = 0:
                without the filter.)
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from verl_krpo.lab.simulate import simulate
-from verl_krpo.report import tables
 
-LAWS = {
-    "uniform": lambda rng, n: rng.random(n),
-    "Beta(.5,.5)": lambda rng, n: rng.beta(0.5, 0.5, n),
-    "Beta(1,8)": lambda rng, n: rng.beta(1, 8, n),
-}
+LAWS = ("uniform", "Beta(.5,.5)", "Beta(1,8)")
 SIZES = (2, 4, 8, 16)
 EDGES = (0.0, 0.1, 0.3, 0.7, 0.9, 1.0)  # of p, where weights are shown
 BATCH = 64  # prompts that reach the estimator in a step
@@ -52,7 +45,7 @@ def advantages(rewards: np.ndarray, method: simulate.Estimator, filtered: bool, 
 
 def cell(law: str, size: int, rng: np.random.Generator, steps: int = STEPS) -> list[dict]:
     """A row for each method without and with the filter."""
-    p = LAWS[law](rng, steps * BATCH)
+    p = simulate.CHANCES[law](rng, steps * BATCH)
     rewards = (rng.random((len(p), size)) < p[:, None]).astype(float)
     part, place, rows, parts = np.arange(len(p)) % PARTS, np.digitize(p, EDGES[1:-1]), [], {}
     for filtered in (False, True):
@@ -76,20 +69,20 @@ def _between(i: int) -> str:
     return f"p {EDGES[i]:g} to {EDGES[i + 1]:g}"
 
 
-def measure(seed: int = 0, laws=tuple(LAWS), sizes: tuple = SIZES, steps: int = STEPS) -> list[dict]:
+def measure(seed: int = 0, laws=LAWS, sizes: tuple = SIZES, steps: int = STEPS) -> list[dict]:
     """One row a law, group size, selection and method."""
     rng = np.random.default_rng(seed)
     return [row for law in laws for size in sizes for row in cell(law, size, rng, steps)]
 
 
-def run(out: Path, seed: int = 0) -> str:
-    """Write selection.csv to `out`; every cell as text."""
-    rows = measure(seed)
-    tables.write_csv(out / "selection.csv", rows)
-    bins = [_between(i) for i in range(len(EDGES) - 1)]
-    lines = [
-        [r["law"], str(r["size"]), "yes" if r["filtered"] else "no", r["method"]]
-        + [f"{r['variance']:.3f} ± {r['error']:.3f}", *(f"{r[key]:.2f}" if r[key] == r[key] else "-" for key in bins)]
-        for r in rows
+def figures(rows: list[dict]) -> dict:
+    return {}
+
+
+def table(rows: list[dict]) -> list[dict]:
+    return [
+        {"prompt means": row["law"], "n": str(row["size"]), "filtered": "yes" if row["filtered"] else "no"}
+        | {"method": row["method"], "variance / RLOO": f"{row['variance']:.3f} ± {row['error']:.3f}"}
+        | {key: "-" if np.isnan(row[key]) else f"{row[key]:.2f}" for key in map(_between, range(len(EDGES) - 1))}
+        for row in rows
     ]
-    return tables.table(["prompt means", "n", "filtered", "method", "variance / RLOO", *bins], lines)

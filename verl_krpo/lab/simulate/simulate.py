@@ -3,10 +3,15 @@
 A law draws prompts and, twice over, their rewards: (2, prompts, size), the true mean of each reward, (prompts, size),
 and its standard deviation around it. An estimator turns the rewards of a batch, (prompts, size), into (baseline,
 advantage) of the same shape.
+
+A study is a module of this folder: `measure(seed)` gives rows, `figures(rows)` figures by name, and `table(rows)` what
+is printed of them.
 """
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,6 +19,7 @@ import torch
 
 from verl_krpo.advantage import ESTIMATORS
 from verl_krpo.config import Baseline, KrpoConfig, Order, Scale
+from verl_krpo.report import figure, tables
 
 Law = Callable[[np.random.Generator, int, int], tuple[np.ndarray, np.ndarray, np.ndarray | float]]
 Estimator = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -22,6 +28,15 @@ TWICE = 2  # rewards are drawn for the same prompts: what two draws share is sig
 GAUSSIAN_STD = 0.3  # of the prompts' means around 0.5, and of the rewards around them
 DRIFT_VAR = 0.02  # of the drifting law, from one response to the next
 INFORMATIVE = 0.05  # correlation of the score with the reward where it is nearly independent of it
+
+
+def run(study: ModuleType, out: Path, seed: int = 0) -> str:
+    """Write the study's CSV, of its name, and its figures to `out`; its table."""
+    rows = study.measure(seed)
+    tables.write_csv(out / f"{study.__name__.rpartition('.')[2]}.csv", rows)
+    for name, drawn in study.figures(rows).items():
+        figure.save(drawn, out / name)
+    return tables.markdown(study.table(rows))
 
 
 def bernoulli(draw_p: Callable) -> Law:
@@ -60,14 +75,15 @@ def _columns(means, size):
     return np.repeat(means[:, None], size, axis=1)
 
 
-PROMPT_MEANS: dict[str, Law] = {
-    "uniform": bernoulli(lambda rng, n: rng.random(n)),
-    "Beta(.5,.5)": bernoulli(lambda rng, n: rng.beta(0.5, 0.5, n)),
-    "Beta(5,5)": bernoulli(lambda rng, n: rng.beta(5, 5, n)),
-    "Beta(1,8)": bernoulli(lambda rng, n: rng.beta(1, 8, n)),
-    "constant .5": bernoulli(lambda rng, n: np.full(n, 0.5)),
-    "two-point": bernoulli(lambda rng, n: rng.choice([0.05, 0.95], n)),
+CHANCES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "uniform": lambda rng, n: rng.random(n),
+    "Beta(.5,.5)": lambda rng, n: rng.beta(0.5, 0.5, n),
+    "Beta(5,5)": lambda rng, n: rng.beta(5, 5, n),
+    "Beta(1,8)": lambda rng, n: rng.beta(1, 8, n),
+    "constant .5": lambda rng, n: np.full(n, 0.5),
+    "two-point": lambda rng, n: rng.choice([0.05, 0.95], n),
 }
+PROMPT_MEANS: dict[str, Law] = {name: bernoulli(draw_p) for name, draw_p in CHANCES.items()}
 LAWS: dict[str, Law] = PROMPT_MEANS | {"gaussian": gaussian, "drifting": drifting, "mixture": mixture}
 
 
@@ -83,6 +99,11 @@ def ours(name: str, settings: Any = None) -> Estimator:
     return estimator
 
 
+def krpo(**settings: Any) -> Estimator:
+    """Groups are filtered as they stand: but for the drift, places mean nothing here."""
+    return ours("krpo", KrpoConfig(order=Order.arrival, **settings))
+
+
 def with_verl(name: str, **options) -> Estimator:
     """One of verl's own estimators. Its baseline is the mean of the group, or for RLOO of the other members."""
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
@@ -94,48 +115,27 @@ def with_verl(name: str, **options) -> Estimator:
         column = torch.from_numpy(rewards.ravel())[:, None]
         index = np.repeat(np.arange(len(rewards)), size)
         advantage, _ = function(column, torch.ones_like(column), index=index, **options)
-        mean = rewards.mean(axis=1, keepdims=True)
-        baseline = (
-            (size * mean - rewards) / (size - 1) if name.startswith("rloo") else np.broadcast_to(mean, rewards.shape)
-        )
+        baseline = np.broadcast_to(rewards.mean(axis=1, keepdims=True), rewards.shape)
+        if name.startswith("rloo"):
+            baseline = (size * baseline - rewards) / (size - 1)
         return baseline, advantage.numpy().reshape(rewards.shape)
 
     return estimator
 
 
 def estimators() -> dict[str, Estimator]:
-    """Everything that is compared. Groups are filtered as they stand: but for the drift, places mean nothing here."""
-
-    def form(**settings):
-        return ours("krpo", KrpoConfig(order=Order.arrival, **settings))
-
+    """Everything that is compared."""
     return {
         "GRPO": with_verl("grpo_vectorized"),
         "Dr.GRPO": with_verl("grpo_vectorized", norm_adv_by_std_in_grpo=False),
         "RLOO": with_verl("rloo_vectorized"),
-        "krpo (published)": form(),
-        "krpo predicted": form(baseline=Baseline.predicted, scale=Scale.innovation_std),
-        "krpo posterior": form(baseline=Baseline.posterior),
-        "krpo smoothed": form(baseline=Baseline.smoothed),
-        "krpo leave_one_out": form(baseline=Baseline.leave_one_out),
+        "krpo (published)": krpo(),
+        "krpo predicted": krpo(baseline=Baseline.predicted, scale=Scale.innovation_std),
+        "krpo posterior": krpo(baseline=Baseline.posterior),
+        "krpo smoothed": krpo(baseline=Baseline.smoothed),
+        "krpo leave_one_out": krpo(baseline=Baseline.leave_one_out),
         "krpo_adaptive": ours("krpo_adaptive"),
     }
-
-
-def true_drift() -> Estimator:
-    """Leave-one-out under the very model that `drifting` draws from."""
-    return ours(
-        "krpo",
-        KrpoConfig(
-            process_var=DRIFT_VAR,
-            measurement_var=GAUSSIAN_STD**2,
-            init_mean=0.5,
-            init_var=GAUSSIAN_STD**2,
-            order=Order.arrival,
-            baseline=Baseline.leave_one_out,
-            scale=Scale.innovation_std,
-        ),
-    )
 
 
 @dataclasses.dataclass
@@ -160,10 +160,7 @@ class Moments:
         rest = (1 - INFORMATIVE**2) * (advantage**2).mean(axis=(2, 3)) / advantage[0, 0].size
         return cls(
             signal={"independent": shared.prod(axis=1), "bandit": gradient.prod(axis=1).mean(axis=1)},
-            second={
-                "independent": (shared**2 + rest).mean(axis=1),
-                "bandit": (gradient**2).mean(axis=(1, 2)),
-            },
+            second={"independent": (shared**2 + rest).mean(axis=1), "bandit": (gradient**2).mean(axis=(1, 2))},
         )
 
     def snr(self, policy: str, weights: np.ndarray) -> np.ndarray:

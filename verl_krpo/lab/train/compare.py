@@ -1,7 +1,6 @@
 """The main table: every task of COMPARED under every estimator, each at the best of three learning rates.
 
-    rates    every method on FOR_RATES, one task of every kind, at each of RATES on a seed of its own; it keeps the rate
-             whose runs score highest, mean over these tasks
+    rates    every method on every task at each of RATES on a seed of its own; it keeps the rate that scores highest
     table    the same on SEEDS other seeds at that rate, paired
 
 A run's score is the part that it has learned of what there was to learn, (end - start) / (1 - start), where end and
@@ -29,10 +28,10 @@ from verl_krpo.report import intervals, tables
 METHODS = ("rloo", "none", "batch_mean", "grpo", "opo", "otb", "jspo", "krpo", "krpo_adaptive", "krpo_adaptive_score")
 OF_RECURRING = ("spo", "dbb", "krpo_memory", "krpo_memory_score")
 REFERENCE = "rloo"
-FOR_RATES = ("sharpen", "learn", "mixed_recurring", "number_sorting")
 RATE_SEED = 100
 SEEDS = 10
 RESAMPLES = 2000
+Rates = dict[tuple[str, str], float]  # (task, method) -> learning rate
 MEASURES = {"curve": "accuracy", "greedy": "greedy", "pass8": "pass@8"}
 
 
@@ -41,19 +40,18 @@ def methods(condition: str) -> tuple[str, ...]:
 
 
 def for_rates() -> list[study.Task]:
-    """On one task of every kind."""
     return [
         study.Task(at_rate(condition, rate), method, RATE_SEED)
-        for condition in FOR_RATES
+        for condition in COMPARED
         for rate in RATES
         for method in methods(condition)
     ]
 
 
-def for_table(rates: dict[str, float]) -> list[study.Task]:
+def for_table(rates: Rates) -> list[study.Task]:
     """Seed by seed, so that an interrupted study is balanced."""
     return [
-        study.Task(at_rate(condition, rates[method]), method, seed)
+        study.Task(at_rate(condition, rates[condition, method]), method, seed)
         for seed in range(SEEDS)
         for condition in COMPARED
         for method in methods(condition)
@@ -67,20 +65,24 @@ def score(curve: str) -> float:
     return (end - start) / (1 - start)
 
 
-def best_rates(rows: list[dict]) -> dict[str, float]:
-    """Method -> the rate of RATES with the highest mean score over the tasks, of the runs of RATE_SEED."""
-    found: dict[str, dict[float, list[float]]] = {}
+def best_rates(rows: list[dict]) -> Rates:
+    """The one of RATES with the highest score, of the runs of RATE_SEED."""
+    scores: dict[tuple[str, str], dict[float, float]] = {}
     for row in rows:
         if int(row["seed"]) == RATE_SEED:
-            rates = found.setdefault(row["method"], {})
-            rates.setdefault(float(row["learning_rate"]), []).append(score(row["curve"]))
-    return {method: max(rates, key=lambda rate: np.mean(rates[rate])) for method, rates in found.items()}
+            rates = scores.setdefault((_task(row), row["method"]), {})
+            rates[float(row["learning_rate"])] = score(row["curve"])
+    return {key: max(rates, key=rates.__getitem__) for key, rates in scores.items()}
 
 
-def of_table(rows: list[dict], rates: dict[str, float]) -> list[dict]:
+def _task(row: dict) -> str:
+    return row["condition"].rpartition("_lr_")[0]
+
+
+def of_table(rows: list[dict], rates: Rates) -> list[dict]:
     """The lines of the table's runs, their conditions without the rate."""
-    kept = [row for row in rows if int(row["seed"]) < SEEDS and float(row["learning_rate"]) == rates[row["method"]]]
-    return [row | {"condition": row["condition"].rpartition("_lr_")[0]} for row in kept]
+    named = [row | {"condition": _task(row)} for row in rows if int(row["seed"]) < SEEDS]
+    return [row for row in named if float(row["learning_rate"]) == rates[row["condition"], row["method"]]]
 
 
 def matrix(rows: list[dict], method: str, measure: str = "curve") -> np.ndarray:
@@ -120,11 +122,11 @@ def probability_of_improvement(own: np.ndarray, other: np.ndarray) -> intervals.
     return intervals.Measured(float(_improvement(own, other)), *intervals.middle(drawn))
 
 
-def overall(rows: list[dict], rates: dict[str, float]) -> list[dict]:
+def overall(rows: list[dict]) -> list[dict]:
     """One line a method, over all tasks."""
     reference, lines = matrix(rows, REFERENCE), []
     for method in METHODS:
-        line = {"method": method, "rate": rates[method]}
+        line: dict = {"method": method}
         for measure, name in MEASURES.items():
             line |= _columns(name, interquartile_mean(matrix(rows, method, measure)))
         line |= _columns("better", probability_of_improvement(matrix(rows, method), reference))
@@ -141,11 +143,11 @@ def overall_table(lines: list[dict]) -> str:
     def cell(line: dict, name: str) -> str:
         return f"{line[name]:.3f} ({line[f'{name}_low']:.3f} to {line[f'{name}_high']:.3f})"
 
-    header = ["method", "learning rate", *(f"{name}, IQM" for name in MEASURES.values()), "P(better than RLOO)"]
+    header = ["method", *(f"{name}, IQM" for name in MEASURES.values()), "P(better than RLOO)"]
     return tables.table(
         [*header, "entropy"],
         [
-            [line["method"], f"{line['rate']:g}", *(cell(line, name) for name in (*MEASURES.values(), "better"))]
+            [line["method"], *(cell(line, name) for name in (*MEASURES.values(), "better"))]
             + [f"{line['entropy']:.3f}"]
             for line in lines
         ],
@@ -168,6 +170,11 @@ def task_table(summary: list[dict], conditions: Iterable[str], shown: tuple[str,
     return tables.table(["task", "RLOO", *others], lines)
 
 
+def rate_table(rates: Rates) -> str:
+    lines = [[task, *(f"{rates[task, method]:g}" for method in METHODS)] for task in COMPARED]
+    return tables.table(["task", *METHODS], lines)
+
+
 def agreement(summary: list[dict], gradients: Path) -> str:
     """Spearman's correlation over the methods, a line a task: snr of the gradient halfway, and accuracy at the end."""
     lines = []
@@ -183,8 +190,8 @@ def agreement(summary: list[dict], gradients: Path) -> str:
     return tables.table(["task", "rank correlation", "first three by snr", "by training"], lines)
 
 
-def run(out: Path, models: Path, prepare, jobs: int, gradients: Path) -> str:
-    """Run what OUT/runs.csv has not; write overall, tasks, recurring and, where GRADIENTS is, agreement beside it."""
+def run(out: Path, models: Path, prepare, jobs: int, gradients: Path | None) -> str:
+    """Run what OUT/runs.csv has not, then `show`."""
     from verl_krpo.lab.train import loop
 
     path = out / "runs.csv"
@@ -193,21 +200,22 @@ def run(out: Path, models: Path, prepare, jobs: int, gradients: Path) -> str:
     return show(out, gradients)
 
 
-def show(out: Path, gradients: Path) -> str:
-    """The tables of what OUT/runs.csv has, written beside it."""
+def show(out: Path, gradients: Path | None) -> str:
+    """Tables of what OUT/runs.csv has, written beside it; agreement.md where GRADIENTS has `study gradient`'s CSVs."""
     rows = study.finished(out / "runs.csv")
     rates = best_rates(rows)
     rows = of_table(rows, rates)
     summary = study.write(out, rows)
-    lines = overall(rows, rates)
+    lines = overall(rows)
     tables.write_csv(out / "overall.csv", lines)
     recurring = tuple(task for task in COMPARED if CONDITIONS[task].pool)
     texts = {
         "overall": overall_table(lines),
         "tasks": task_table(summary, COMPARED, METHODS),
         "recurring": task_table(summary, recurring, (REFERENCE, *OF_RECURRING)),
+        "rates": rate_table(rates),
     }
-    if gradients.exists():
+    if gradients:
         texts["agreement"] = agreement(summary, gradients)
     for name, text in texts.items():
         (out / f"{name}.md").write_text(text + "\n")

@@ -1,9 +1,9 @@
-"""What a run is. A condition takes 64 rollouts a step, 32 where prompts recur, and 128 off policy and in the
-table of compare.py.
+"""What a run is. A condition takes 64 rollouts a step, 32 where prompts recur, 128 in calm, harsh and the table of
+compare.py.
 
 On policy a batch makes one Adam step of an unclipped gradient, so that Adam makes nothing of an advantage's overall
-scale, and methods are compared by what they say of one response against another. Off policy (calm, harsh) it is cut
-into mini-batches, one Adam step each, and as in verl the gradient's norm is clipped at 1.
+scale, and methods are compared by what they say of one response against another. Off policy (calm, harsh, length_256
+and so on) it is cut into mini-batches, one Adam step each, and as in verl the gradient's norm is clipped at 1.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from verl_krpo.lab.train.tasks import GYM
 class Condition:
     """prompts x size rollouts a step of a task of tasks.py, cut into `updates` mini-batches.
 
-    pool: how many prompts recur (0: always new ones); kl: weight of k3; clip: of the gradient's norm.
+    pool: how many prompts recur (0: always new ones); kl: weight of k3; clip: of the gradient's norm; stale: a batch is
+    sampled by the model of so many steps before.
     """
 
     name: str
@@ -34,14 +35,17 @@ class Condition:
     steps: int = 60
     every: int = 5  # steps from one look at the accuracy to the next
     updates: int = 1
+    stale: int = 0
     clip: float = float("inf")
     loss_agg_mode: str = "token-mean"
 
 
-def _off_policy(name: str, task: str, learning_rate: float, steps: int) -> Condition:
+def _off_policy(
+    name: str, task: str, learning_rate: float, steps: int, prompts: int = 16, every: int = 1, stale: int = 0
+) -> Condition:
     return Condition(
-        name, 16, 8, task, learning_rate=learning_rate, steps=steps, every=1, updates=16, clip=1.0,
-        loss_agg_mode="seq-mean-token-mean",
+        name, prompts, 8, task, learning_rate=learning_rate, steps=steps, every=every, updates=16, stale=stale,
+        clip=1.0, loss_agg_mode="seq-mean-token-mean",
     )  # fmt: skip
 
 
@@ -95,6 +99,11 @@ CONDITIONS = {
         _off_policy("harsh", "digits_32", 1e-3, 20),
         _off_policy("calm_long", "digits_128", 3e-4, 15),
         _off_policy("harsh_long", "digits_128", 1e-3, 20),
+        *(
+            _off_policy(f"length_{length}{kind}", f"digits_{length}", rate, 15, prompts=8, every=3, stale=stale)
+            for length in (256, 512, 1024)
+            for kind, rate, stale in (("", 3e-4, 0), ("_harsh", 1e-3, 0), ("_stale", 3e-4, 2))
+        ),
     )
 }
 

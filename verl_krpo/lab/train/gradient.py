@@ -65,9 +65,9 @@ def of_training(models: Path, name: str) -> Iterator[Subject]:
         return Subject(f"{name}_{steps}", accuracy, model, list(model.parameters()), batch)
 
     yield subject(first.model, 0)
-    for steps, (model, _) in enumerate(loop.train(first, condition, "rloo", seed=0), start=1):
+    for steps, step in enumerate(loop.train(first, condition, "rloo", seed=0), start=1):
         if steps in (condition.steps // 2, condition.steps):
-            yield subject(model, steps)
+            yield subject(step.model, steps)
 
 
 def of_pretrained(folder: Path, prompts: int = 8, size: int = 4) -> Subject:
@@ -144,7 +144,7 @@ def measure(subject: Subject, batches: int, methods: tuple[str, ...], parts: Pat
         row |= {"method": name, "batches": batches, "snr": float((signal / variance)[0])}
         snr_to_rloo = signal / variance * (variance_of_rloo / signal_of_rloo)
         for key, ratio in (("snr_to_rloo", snr_to_rloo), ("variance_to_rloo", variance / variance_of_rloo)):
-            row |= dict(zip((key, f"{key}_low", f"{key}_high"), intervals.of_weighted(ratio), strict=True))
+            row |= intervals.of_weighted(ratio).columns(key)
         rows.append(row)
     return rows
 
@@ -162,18 +162,17 @@ def run(out: Path, subjects: Iterable[Subject], batches: int, methods: tuple[str
 
 def as_table(rows: list[dict]) -> str:
     """The rows, of `measure` or as a CSV has them, for reading."""
-
-    def cell(row: dict, key: str) -> str:
-        return "{:.2f} ({:.2f} to {:.2f})".format(*(float(row[k]) for k in (key, f"{key}_low", f"{key}_high")))
-
-    lines = [
+    return tables.markdown(
         [
-            f"{row['model']}, reward {float(row['reward']):.2f}",
-            row["method"],
-            f"{float(row['snr']):.3f}",
-            cell(row, "snr_to_rloo"),
-            cell(row, "variance_to_rloo") if row["method"] in UNBIASED else "-",
+            {
+                "model": f"{row['model']}, reward {float(row['reward']):.2f}",
+                "method": row["method"],
+                "snr of a batch": f"{float(row['snr']):.3f}",
+                "over RLOO's": tables.interval(row, "snr_to_rloo", 2),
+                "variance over RLOO's": tables.interval(row, "variance_to_rloo", 2)
+                if row["method"] in UNBIASED
+                else "-",
+            }
+            for row in rows
         ]
-        for row in rows
-    ]
-    return tables.table(["model", "method", "snr of a batch", "over RLOO's", "variance over RLOO's"], lines)
+    )

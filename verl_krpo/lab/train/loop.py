@@ -16,6 +16,7 @@ What a model is worth is not sampled but computed, of the right response to ever
     entropy    of the next token along it, mean over the tokens, in nats
 """
 
+import collections
 import copy
 import functools
 import random
@@ -50,6 +51,12 @@ class Start(NamedTuple):
         """(problems, tokens): all questions are of the same length."""
         return self.tokenizer([problem.question for problem in problems], return_tensors="pt")["input_ids"]
 
+    def right(self, problems: list[Problem]) -> tuple[Tensor, Tensor, Tensor]:
+        """Questions, right responses and their mask, as `held_out` has them."""
+        responses = [self.task.response(problem.answer) for problem in problems]
+        answers = self.tokenizer(responses, return_tensors="pt", padding=True, padding_side="right")
+        return self.encode(problems), answers["input_ids"], answers["attention_mask"].bool()
+
 
 @functools.cache
 def start(models: Path, task: str) -> Start:
@@ -59,11 +66,8 @@ def start(models: Path, task: str) -> Start:
     made = TASKS[task]
     tokenizer = AutoTokenizer.from_pretrained(models / made.folder)
     model = AutoModelForCausalLM.from_pretrained(models / made.folder, dtype=torch.float32).eval()
-    problems = made.draw(random.Random(0), HELD_OUT, True)
-    right = [made.response(problem.answer) for problem in problems]
-    answers = tokenizer(right, return_tensors="pt", padding=True, padding_side="right")
     first = Start(made, model, tokenizer, ())
-    return first._replace(held_out=(first.encode(problems), answers["input_ids"], answers["attention_mask"].bool()))
+    return first._replace(held_out=first.right(made.draw(random.Random(0), HELD_OUT, True)))
 
 
 class Responses(NamedTuple):
@@ -77,9 +81,9 @@ class Responses(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    model, prompts: Tensor, size: int, end: int, pad: int, generator: torch.Generator, max_tokens: int
+    model, prompts: Tensor, size: int | Tensor, end: int, pad: int, generator: torch.Generator, max_tokens: int
 ) -> Responses:
-    """`size` responses to each prompt (prompts, tokens).
+    """`size` responses to each prompt (prompts, tokens), one number for all or one each.
 
     By the Gumbel-max trick, with as many random numbers a token whatever was sampled before.
     """
@@ -197,18 +201,31 @@ def objective(
     return total, (log_prob.detach() - old)[mask]
 
 
-def train(first: Start, condition: Condition, method: str, seed: int) -> Iterator[tuple[torch.nn.Module, list[float]]]:
-    """The model after every step, and of the step: mean reward, standard deviation of A, norm of the gradient (mean
-    over the updates), and standard deviation of the log-ratios in the last update."""
+class Step(NamedTuple):
+    """The model after a step, its batch, the advantages (rows, 1 or tokens).
+
+    means: mean reward, standard deviation of A, norm of the gradient (mean over the updates), and standard deviation of
+    the log-ratios in the last update.
+    """
+
+    model: torch.nn.Module
+    batch: Batch
+    advantage: Tensor
+    means: list[float]
+
+
+def train(first: Start, condition: Condition, method: str, seed: int) -> Iterator[Step]:
+    """Step by step; the model is one and the same, and goes on."""
     model = copy.deepcopy(first.model)
     optimizer = torch.optim.Adam(model.parameters(), lr=condition.learning_rate, fused=True)
     make, loss = METHODS[method]
     estimate, rows = make(), torch.arange(condition.prompts * condition.size)
+    samplers = collections.deque([first.model], maxlen=condition.stale + 1)
     for step, problems in zip(range(condition.steps), visits(condition, seed), strict=False):
         generator = torch.Generator().manual_seed(seed * 100_003 + step)
         if condition.updates > 1:
             rows = torch.randperm(len(rows), generator=generator)
-        batch = roll(first, model, condition, problems, step, generator)
+        batch = roll(first, samplers[0], condition, problems, step, generator)
         advantage, norms = estimate(batch), []
         by_row = advantage.reshape(len(rows), -1).float()
         for chosen in rows.chunk(condition.updates):
@@ -217,8 +234,9 @@ def train(first: Start, condition: Condition, method: str, seed: int) -> Iterato
             total.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), condition.clip)))
             optimizer.step()
+        samplers.append(copy.deepcopy(model) if condition.stale else model)
         means = [batch.rewards.mean(), advantage.std(), sum(norms) / len(norms), ratio.std()]
-        yield model, [float(value) for value in means]
+        yield Step(model, batch, by_row, [float(value) for value in means])
 
 
 def run(models: Path, condition: str, method: str, seed: int) -> dict:
@@ -232,10 +250,10 @@ def run(models: Path, condition: str, method: str, seed: int) -> dict:
     settings = CONDITIONS[condition]
     first = start(models, settings.task)
     looks, means = [look(first.model, first.held_out)], []
-    for step, (model, of_step) in enumerate(train(first, settings, method, seed), start=1):
-        means.append(of_step)
-        if step % settings.every == 0:
-            looks.append(look(model, first.held_out))
+    for number, step in enumerate(train(first, settings, method, seed), start=1):
+        means.append(step.means)
+        if number % settings.every == 0:
+            looks.append(look(step.model, first.held_out))
     curves = {key: " ".join(f"{values[key]:.4f}" for values in looks) for key in looks[0]}
     row = {"condition": condition, "method": method, "seed": seed, "learning_rate": settings.learning_rate}
     row |= {"rollouts": settings.prompts * settings.size * settings.every, "curve": curves.pop("accuracy")} | curves

@@ -21,7 +21,8 @@ from scipy import stats
 from verl_krpo.report import figure, tables
 from verl_krpo.report.intervals import Measured, bootstrapped, half_width, mean_and_half
 
-REFERENCES = ("rloo", "batch_mean", "reinforce")  # the second where groups are of one, the last of policy losses
+# batch_mean where groups are of one, reinforce of policy losses, uniform_rloo of choices of prompts
+REFERENCES = ("rloo", "batch_mean", "reinforce", "uniform_rloo")
 LEVEL_AFTER = 0.75  # of the reference's rollouts
 FEWEST_SEEDS = 5  # seeds that a bootstrap needs
 

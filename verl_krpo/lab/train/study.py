@@ -102,7 +102,7 @@ def complete(
 
 
 def show(path: Path, other: str = "grpo", measure: str = "curve") -> str:
-    """Read a CSV of runs, `write` what it says beside it, and the table, table.md; the table as text.
+    """Read a CSV of runs, `write` what it says beside it; the table as text.
 
     other: a method that all are compared with besides their reference. measure: the column that is called accuracy in
     all of these, `curve` or another one of `loop.look`, which then go to a folder of its name.
@@ -117,13 +117,11 @@ def show(path: Path, other: str = "grpo", measure: str = "curve") -> str:
         if measure not in rows[0]:
             raise ValueError(f"{path} has no measure {measure}: its columns are {', '.join(rows[0])}")
         rows, out = [row | {"curve": row[measure]} for row in rows], out / measure
-    text = results.as_table(write(out, rows, other))
-    (out / "table.md").write_text(text + "\n")
-    return text
+    return results.as_table(write(out, rows, other))
 
 
 def write(out: Path, rows: list[dict], other: str = "grpo") -> list[dict]:
-    """summary.csv, curves and differences of runs; the summary's lines."""
+    """summary.csv, table.md, curves and differences of runs; the summary's lines."""
     from verl_krpo.lab.train import results
     from verl_krpo.report import tables
 
@@ -131,4 +129,5 @@ def write(out: Path, rows: list[dict], other: str = "grpo") -> list[dict]:
     tables.write_csv(out / "summary.csv", lines)
     results.draw_curves(rows, out / "curves")
     results.draw_differences(lines, out / "differences")
+    (out / "table.md").write_text(results.as_table(lines) + "\n")
     return lines

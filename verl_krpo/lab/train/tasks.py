@@ -8,6 +8,8 @@
     mixed       sums that are nearly solved, differences to be learned and products that are nearly hopeless
     digits_32   32 digits, each of them plus one, modulo ten, and digits_128: long answers, of which three in ten are
                 right; the demonstrations have digits that are drawn anew
+    digits_256  and digits_512, digits_1024: longer ones, of a smaller model (rounds.py). Three in ten are right at
+                every length, so that a digit is wrong the less often the longer the answer
 
 Those of GYM need the package reasoning-gym (pip install verl-krpo[bench]).
 """
@@ -27,6 +29,7 @@ from tqdm import trange
 
 from verl_krpo import tiny_model
 from verl_krpo.data.arithmetic import draw_sum, is_test
+from verl_krpo.lab.train import rounds
 from verl_krpo.reward import answer_tag
 
 END = tiny_model.END
@@ -87,7 +90,7 @@ OPERATIONS = {  # of `mixed`, where each is asked one time in three
 }
 
 
-def _mixed(rng: random.Random, count: int, held_out: bool = False, operations: str = "+-*") -> list[Problem]:
+def mixed(rng: random.Random, count: int, held_out: bool = False, operations: str = "+-*") -> list[Problem]:
     chosen = []
     while len(chosen) < count:
         a, b, sign = rng.randrange(100), rng.randrange(100), rng.choice(operations)
@@ -105,12 +108,16 @@ def _careless_operations(rng: random.Random, count: int) -> list[tuple[str, str]
             return problem.answer
         return rng.choice((problem.answer + "?", str(int(problem.answer) + rng.choice((-10, -2, -1, 1, 2, 10)))))
 
-    return [(problem.question, shown(problem)) for problem in _mixed(rng, count, operations=often)]
+    return [(problem.question, shown(problem)) for problem in mixed(rng, count, operations=often)]
 
 
 def _digits(length: int, rng: random.Random, count: int, held_out: bool = False) -> list[Problem]:
     shown = [rng.choices("0123456789", k=length) for _ in range(count)]
     return [Problem("".join(digits) + "=", "".join(str((int(d) + 1) % 10) for d in digits)) for digits in shown]
+
+
+def _rounds(length: int, rng: random.Random, count: int, held_out: bool = False) -> list[Problem]:
+    return [Problem(*pair) for pair in rounds.draw(length, rng, count)]
 
 
 def _equal(text: str, answer: str) -> float:
@@ -121,8 +128,13 @@ def _right_sums(rng: random.Random, count: int) -> list[tuple[str, str]]:
     return [(problem.question, _tagged(problem.answer)) for problem in _sums(rng, count)]
 
 
+def _drawn_anew(length: int) -> float:
+    """The share of digits that leaves RIGHT_DIGITS of the answers of this length right; one in ten is by chance."""
+    return (1 - RIGHT_DIGITS ** (1 / length)) / 0.9
+
+
 def _careless_digits(length: int, rng: random.Random, count: int) -> list[tuple[str, str]]:
-    drawn_anew = (1 - RIGHT_DIGITS ** (1 / length)) / 0.9  # one in ten is right by chance
+    drawn_anew = _drawn_anew(length)
 
     def careless(answer: str) -> str:
         return "".join(rng.choice("0123456789") if rng.random() < drawn_anew else digit for digit in answer)
@@ -157,7 +169,6 @@ GYM = {
         _sorting,
         _numbers,
     ),
-    "caesar_cipher": Exercise({"min_words": 1, "max_words": 2}, lambda facts: facts["cipher_text"]),
     "count_bits": Exercise({"max_n": 65_535}, lambda facts: str(facts["number"])),
     "number_filtering": Exercise(
         {"min_numbers": 2, "max_numbers": 3, "max_decimals": 0, "min_value": -99, "max_value": 99}, _filtering, _numbers
@@ -195,29 +206,36 @@ def _gym(name: str, rng: random.Random, count: int, held_out: bool = False) -> l
     return rng.sample(gym_problems(name)[held_out], count)
 
 
+def _blank(seed: int):
+    tokenizer = tiny_model.tokenizer()
+    return tokenizer, tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed)
+
+
 def warm_start(
     path: Path,
     demonstrations: Callable[[random.Random, int], list[tuple[str, str]]],
     steps: int,
     batch_size: int = 128,
     held_out: Callable[[], list[tuple[str, str]]] | None = None,
+    blank: Callable = _blank,
+    end: str = END,
     seed: int = 0,
 ) -> None:
     """Train a tiny model on demonstrations (question, response), the loss on the response's tokens; save it to `path`.
 
     held_out: gives demonstrations; the training ends before `steps` when the share of them that greedy decoding gives
     is LEARNED of the way from that of the most frequent response to 1. A folder that is there is left as it is.
+    blank: of a seed, the tokenizer and the model with random weights. end: what ends a response.
     """
     if path.exists():
         return
-    tokenizer = tiny_model.tokenizer()
-    model = tiny_model.untrained(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, seed)
+    tokenizer, model = blank(seed)
 
     def read(shown: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the responses' tokens, and the tokens, -100 beyond the end."""
         questions, responses = zip(*shown, strict=True)
         prompts = tokenizer(list(questions), return_tensors="pt")["input_ids"]
-        answers = tokenizer([text + END for text in responses], return_tensors="pt", padding=True, padding_side="right")
+        answers = tokenizer([text + end for text in responses], return_tensors="pt", padding=True, padding_side="right")
         logits = model(torch.cat([prompts, answers["input_ids"]], 1)).logits[:, prompts.shape[1] - 1 : -1]
         return logits, answers["input_ids"].masked_fill(answers["attention_mask"] == 0, -100)
 
@@ -251,7 +269,7 @@ TASKS = {
         _sums, _tagged, _answer_tag, functools.partial(warm_start, demonstrations=_right_sums, steps=240), "learn"
     ),
     "mixed": Task(
-        _mixed,
+        mixed,
         lambda answer: answer + END,
         _equal,
         functools.partial(warm_start, demonstrations=_careless_operations, steps=700),
@@ -269,6 +287,23 @@ TASKS = {
         max_tokens=length + 2,
     )
     for length in (32, 128)
+}
+TASKS |= {
+    f"digits_{length}": Task(
+        functools.partial(_rounds, length),
+        str,
+        _equal,
+        functools.partial(
+            warm_start,
+            demonstrations=functools.partial(rounds.careless, _drawn_anew(length)),
+            steps=400,
+            blank=rounds.blank,
+            end="",
+        ),
+        f"digits_{length}",
+        max_tokens=length,
+    )
+    for length in (256, 512, 1024)
 }
 TASKS |= {
     name: Task(

@@ -1,0 +1,223 @@
+"""Which prompts a step rolls out, and how many responses each gets: every way at equal rollouts.
+
+A pool of POOL prompts of the task `mixed` comes again and again in new orders. In dead_30 three in ten are products,
+which the model gets right one time in a hundred; sums and differences are half of the rest each. A step has PROMPTS
+groups of SIZE, taken from FROM times as many candidates, which are the next ones of the order:
+
+    uniform     the first ones: what verl does
+    dapo        the next ones again and again, until PROMPTS groups have rewards that differ (DAPO's dynamic sampling,
+                arXiv 2503.14476), at most ROUNDS times; all rollouts count
+    mopps       the draws of a Beta that are nearest to 1/2 (MoPPS, 2507.04632)
+    spo         at random by sqrt(v (1 - v)) + 0.05, v SPO's tracker (2509.13232)
+    dps         those that a hidden Markov model holds for neither all right nor all wrong (2603.10887)
+    signal      choice.choose by a draw of krpo_memory's forecast
+    same        choice.include, each weighed by its inverse probability: the objective stays that of all candidates
+    allocate    uniform, choice.allocate: more responses for a larger signal, as many in all
+    both        signal and allocate
+
+A method is a choice and an estimator, uniform_rloo and so on. curve: mean probability that a response is right, over
+the whole pool and over prompts outside of it (`transfer`), after every PROMPTS x SIZE x EVERY rollouts.
+"""
+
+import copy
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl_krpo import choice
+from verl_krpo.advantage.memory import PromptMemory, krpo_memory
+from verl_krpo.advantage.weights import score_weights
+from verl_krpo.lab.train import loop, losses
+from verl_krpo.lab.train.tasks import Problem, mixed
+from verl_krpo.replay.trackers import TRACKERS
+
+TASK = "mixed"
+POOL, PROMPTS, SIZE, FROM, ROUNDS = 256, 16, 4, 4, 8
+STEPS, EVERY, LEARNING_RATE = 150, 10, 1e-4
+
+CONDITIONS = {"dead_0": "+-", "dead_30": "+++++++-------******", "dead_60": "+-***"}  # what is drawn from
+CHOICES = {  # by the estimator of advantages: RLOO, krpo_memory without and with weights
+    "rloo": ("uniform", "dapo", "mopps", "spo", "dps", "signal", "same", "allocate", "both"),
+    "memory": ("uniform", "dapo", "signal", "same", "allocate", "both"),
+    "memory_score": ("uniform", "signal", "same", "both"),
+}
+METHODS = {f"{way}_{name}": (way, name) for name, ways in CHOICES.items() for way in ways}
+
+
+class Step(NamedTuple):
+    """What a step rolls out: places in the pool, and of each how many responses and what its advantages count."""
+
+    chosen: np.ndarray
+    counts: np.ndarray
+    weights: np.ndarray
+
+
+class Rolled(NamedTuple):
+    """places, weights: (prompts,); owner: (rows,) whose response a row is; rewards: (rows,)."""
+
+    places: np.ndarray
+    weights: np.ndarray
+    owner: np.ndarray
+    prompts: Tensor
+    sampled: loop.Responses
+    rewards: Tensor
+
+    @property
+    def right(self) -> np.ndarray:
+        return np.bincount(self.owner, self.rewards.numpy(), len(self.places))
+
+    @property
+    def counts(self) -> np.ndarray:
+        return np.bincount(self.owner, minlength=len(self.places))
+
+    def of(self, kept: np.ndarray) -> "Rolled":
+        """The prompts with these numbers alone."""
+        rows = np.flatnonzero(np.isin(self.owner, kept))
+        owner = np.searchsorted(kept, self.owner[rows])
+        sampled = loop.Responses(*(column[rows] for column in self.sampled))
+        return Rolled(self.places[kept], self.weights[kept], owner, self.prompts[kept], sampled, self.rewards[rows])
+
+
+def orders(rng: random.Random) -> Iterator[int]:
+    """Places of the pool, in a new order every time."""
+    while True:
+        yield from rng.sample(range(POOL), POOL)
+
+
+def decide(way: str, candidates: np.ndarray, memory: PromptMemory, trackers: dict, step: int, rng) -> Step:
+    """What is rolled out of the candidates, places in the pool."""
+    chosen, weights = np.arange(PROMPTS), np.ones(PROMPTS)
+    forecast = memory.forecast(candidates, step)
+    signals = choice.expected(*forecast)
+    if way == "mopps":
+        drawn = rng.beta(*trackers["MoPPS"].counts[candidates].T)
+        chosen = np.argsort(np.abs(drawn - 0.5))[:PROMPTS]
+    elif way == "spo":
+        value, _ = trackers["SPO"].predict(candidates, step)
+        often = np.sqrt(value * (1 - value)) + 0.05
+        chosen = rng.choice(len(candidates), PROMPTS, replace=False, p=often / often.sum())
+    elif way == "dps":
+        mean, var = trackers["DPS"].predict(candidates, step)
+        some = 4 * (mean - var - mean**2)  # of chances 0, 1/2 and 1 that of 1/2
+        chosen = choice.choose(np.maximum(some, 0), PROMPTS, rng)
+    elif way in ("signal", "both"):
+        chosen = choice.choose(choice.draw(*forecast, rng), PROMPTS, rng)
+    elif way == "same":
+        chosen, weights = choice.include(signals, PROMPTS, rng)
+    counts = np.full(PROMPTS, SIZE)
+    if way in ("allocate", "both"):
+        counts = choice.allocate(signals[chosen], PROMPTS * SIZE)
+        weights = SIZE / counts
+    return Step(candidates[chosen], counts, weights)
+
+
+def roll(first: loop.Start, model, pool: list[Problem], asked: Step, generator: torch.Generator) -> Rolled:
+    problems = [pool[place] for place in asked.chosen]
+    owner = np.arange(len(problems)).repeat(asked.counts)
+    prompts = first.encode(problems)
+    end, pad = first.tokenizer.eos_token_id, first.tokenizer.pad_token_id
+    counts = torch.from_numpy(asked.counts)
+    sampled = loop.sample(model, prompts, counts, end, pad, generator, first.task.max_tokens)
+    texts = first.tokenizer.batch_decode(sampled.tokens, skip_special_tokens=True)
+    values = [first.task.reward(text, problems[k].answer) for text, k in zip(texts, owner, strict=True)]
+    return Rolled(asked.chosen, asked.weights, owner, prompts, sampled, torch.tensor(values, dtype=torch.float64))
+
+
+def dynamic(first: loop.Start, model, pool: list[Problem], waiting: Iterator[int], generator) -> tuple[Rolled, int]:
+    """DAPO's groups, and how many rollouts they took."""
+    found: list[Rolled] = []
+    while len(found) < ROUNDS:
+        places = np.array([next(waiting) for _ in range(PROMPTS)])
+        rolled = roll(first, model, pool, Step(places, np.full(PROMPTS, SIZE), np.ones(PROMPTS)), generator)
+        found.append(rolled.of(np.flatnonzero((rolled.right > 0) & (rolled.right < rolled.counts))))
+        if sum(len(part.places) for part in found) >= PROMPTS:
+            break
+    width = max(part.sampled.tokens.shape[1] for part in found)
+    padded = [
+        loop.Responses(*(torch.nn.functional.pad(column, (0, width - column.shape[1])) for column in part.sampled))
+        for part in found
+    ]
+    before = np.cumsum([0] + [len(part.places) for part in found])
+    whole = Rolled(
+        np.concatenate([part.places for part in found]),
+        np.concatenate([part.weights for part in found]),
+        np.concatenate([part.owner + start for part, start in zip(found, before, strict=False)]),
+        torch.cat([part.prompts for part in found]),
+        loop.Responses(*(torch.cat(columns) for columns in zip(*padded, strict=True))),
+        torch.cat([part.rewards for part in found]),
+    )
+    return whole.of(np.arange(min(PROMPTS, len(whole.places)))), len(found) * PROMPTS * SIZE
+
+
+def rloo(rewards: Tensor, owner: np.ndarray) -> Tensor:
+    """(rows,) r - the mean of the others of its group; 0 where there are none."""
+    owner_, count = torch.from_numpy(owner), int(owner.max()) + 1
+    size = torch.zeros(count, dtype=rewards.dtype).index_add_(0, owner_, torch.ones_like(rewards))[owner_]
+    total = torch.zeros(count, dtype=rewards.dtype).index_add_(0, owner_, rewards)[owner_]
+    return torch.where(size > 1, (size * rewards - total) / (size - 1).clamp(min=1), 0.0)
+
+
+def run(models: Path, condition: str, method: str, seed: int) -> dict:
+    """Train under a choice and an estimator; the run's line of the CSV."""
+    began = time.perf_counter()
+    way, estimator = METHODS[method]
+    first, rng = loop.start(models, TASK), random.Random(seed)
+    pool = mixed(rng, POOL, operations=CONDITIONS[condition])
+    outside = mixed(random.Random(0), 2 * loop.HELD_OUT, True, CONDITIONS[condition])
+    looked = [first.right(problems) for problems in (pool, outside)]
+    waiting = orders(rng)
+    model = copy.deepcopy(first.model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+    memory, trackers = PromptMemory(), {name: TRACKERS[name](POOL) for name in ("MoPPS", "SPO", "DPS")}
+    mark, rollouts, step, alive = PROMPTS * SIZE * EVERY, 0, 0, []
+    looks = [[loop.look(model, part)["accuracy"] for part in looked]]
+    while rollouts < STEPS * PROMPTS * SIZE:
+        step += 1
+        generator = torch.Generator().manual_seed(seed * 100_003 + step)
+        if way == "dapo":
+            rolled, took = dynamic(first, model, pool, waiting, generator)
+        else:
+            count = PROMPTS if way in ("uniform", "allocate") else PROMPTS * FROM
+            candidates = np.array(list(dict.fromkeys(next(waiting) for _ in range(count))))
+            asked = decide(way, candidates, memory, trackers, step, np.random.default_rng([seed, step]))
+            rolled, took = roll(first, model, pool, asked, generator), PROMPTS * SIZE
+        rollouts += took
+        advantage, memory = _advantages(estimator, rolled, memory, step)
+        for tracker in trackers.values():
+            tracker.update(rolled.places, step, rolled.right, rolled.counts)
+        alive.append(((rolled.right > 0) & (rolled.right < rolled.counts)).mean())
+        _update(model, optimizer, rolled, advantage * torch.from_numpy(rolled.weights[rolled.owner]))
+        while rollouts >= mark * len(looks):
+            looks.append([loop.look(model, part)["accuracy"] for part in looked])
+    curve, transfer = (" ".join(f"{value:.4f}" for value in values) for values in zip(*looks, strict=True))
+    row = {"condition": condition, "method": method, "seed": seed, "rollouts": mark, "curve": curve}
+    row |= {"transfer": transfer, "alive": float(np.mean(alive)), "steps": step}
+    return row | {"seconds": time.perf_counter() - began}
+
+
+def _advantages(estimator: str, rolled: Rolled, memory: PromptMemory, step: int) -> tuple[Tensor, PromptMemory]:
+    """(rows,), and the memory after the step, which choosing needs whatever the estimator."""
+    weights = None
+    if estimator == "memory_score":
+        weights = score_weights(rolled.sampled.log_probs, rolled.sampled.mask)
+    estimate, memory = krpo_memory(rolled.rewards, rolled.places[rolled.owner], memory, weights=weights, step=step)
+    advantage = rloo(rolled.rewards, rolled.owner) if estimator == "rloo" else estimate.advantages()
+    return advantage, memory
+
+
+def _update(model, optimizer, rolled: Rolled, advantage: Tensor) -> None:
+    rows = advantage.nonzero()[:, 0]
+    if not len(rows):
+        return
+    responses, mask = rolled.sampled.tokens[rows], rolled.sampled.mask[rows]
+    log_prob = loop.log_probs(model, rolled.prompts, responses, torch.from_numpy(rolled.owner)[rows])
+    values = advantage[rows, None].to(log_prob.dtype)
+    optimizer.zero_grad(set_to_none=True)
+    losses.reinforce(log_prob, values, mask, rolled.sampled.mask, "token-mean").backward()
+    optimizer.step()
