@@ -56,7 +56,8 @@ def test_a_job_chooses_and_goes_on(verl_job, tmp_path, objective):
     for step, data in metrics.items():
         assert math.isfinite(data["actor/pg_loss"]) and data["krpo/groups"] == len(found[step]) == 8
         counts = [count for _, count in found[step]]
-        assert sum(counts) == 32 and (counts == [4] * 8) == (step == 1)  # nothing is known before the first step
+        assert sum(counts) == 32
+        assert counts == [4] * 8 or step > 2  # the first epoch of candidates, all of them new
         assert ("krpo/effective_prompts" in data) == (objective == "same")
         assert 0 <= data["krpo/dead"] <= 1
     ends = [group for step in (7, 8, 9, 10) for group in found[step]]
