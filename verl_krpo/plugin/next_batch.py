@@ -86,7 +86,7 @@ def choose(
         needed = (weights**2 * taken * responses / given).sum() / var
         if selects:
             needed *= var / count / signals.mean() if same else signals.mean() / taken.mean()
-        noted["krpo/rollouts_saved"] = 1 - needed
+        noted["krpo/rollouts_saved"] = float(1 - needed)
     return Chosen(rows, weights * responses / given, given, noted)
 
 
