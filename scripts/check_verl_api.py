@@ -39,6 +39,7 @@ SAID = [
     ("verl", None, ["verl.plugins"], "loading by entry point"),
     ("verl.trainer.ppo.ray_trainer", "compute_advantage", ["token_level_rewards", "response_mask", "index"], CORE),
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_advantage", [], "sessions"),
+    ("verl.trainer.ppo.v1.agent_loop_tq", "AgentLoopWorkerTQ._run_prompt", ["__rollout_n__"], "allocate"),
     ("verl.protocol", "DataProto.select_idxs", [], "sessions"),
     ("verl.utils.tracking", None, ["VERL_FILE_LOGGER_PATH"], "tools"),
     ("verl.plugin.platform.platform_manager", None, ["VERL_PLATFORM"], "CPU backend"),

@@ -12,6 +12,7 @@ import venv
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -200,7 +201,7 @@ def test_the_tables_of_keys_and_metrics_are_those_of_the_docstrings():
 def test_every_metric_is_in_the_glossary():
     from types import SimpleNamespace
 
-    from verl_krpo.plugin import loss, metrics
+    from verl_krpo.plugin import loss, metrics, next_batch
 
     rewards, index = torch.tensor([1.0, 0, 0, 1, 1]), ["a", "a", "b", "b", "c"]
     logged = set(metrics.scalars(krpo(rewards, index), KrpoConfig()))
@@ -208,6 +209,8 @@ def test_every_metric_is_in_the_glossary():
     estimate, after = krpo_memory(rewards, index, before)
     visit = metrics.Visit(before, after, after.step)
     logged |= set(metrics.scalars(estimate, MemoryConfig(), torch.ones(5), visit))
+    choosing = MemoryConfig(select="signal", objective="same", allocate="signal")
+    logged |= set(next_batch.choose(after, ["a", "b", "c"], 3, choosing, 2, 4, np.random.default_rng(0)).metrics)
     config = SimpleNamespace(policy_loss={}, clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
     config.global_batch_info = {}
     ones = torch.ones(2, 3)

@@ -5,8 +5,10 @@ rewards. Of a prompt whose rewards have the mean m and lie within [a, b] that is
 
     s(m) = (m - a)(b - m)        which it is where every reward is either a or b (Bhatia and Davis 2000)
 
-its *signal*; p (1 - p) of right answers where these earn 1 and wrong ones 0. m is not known. It is N(mean, std^2) by
-the memory's forecast (PromptMemory.forecast), kept within [a, b]. With phi and Phi the normal density and distribution:
+its *signal*; p (1 - p) of right answers where these earn 1 and wrong ones 0. (Under weights of responses m is the
+weighted mean, and s what a unit of weight adds to the gradient's variance: E w (r - m)^2 / E w.) m is not known. It is
+N(mean, std^2) by the memory's forecast (PromptMemory.forecast), kept within [a, b]. With phi and Phi the normal density
+and distribution:
 
     draw        s of one draw of m (Thompson 1933): a prompt that is uncertain has its chances
     expected    E s = std^2 (beta phi(alpha) - alpha phi(beta) - (1 + alpha beta) (Phi(beta) - Phi(alpha)))

@@ -26,7 +26,6 @@ from verl_krpo.config import (
 )
 from verl_krpo.doctor import data
 from verl_krpo.doctor.finding import WRONG_JOB, Finding, exit_status
-from verl_krpo.plugin import next_batch
 from verl_krpo.policy_loss import LOSSES
 
 ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
@@ -226,6 +225,8 @@ def _recurrence(config: DictConfig, estimator: Any) -> list[Finding]:
         if not often or not _shrinks(estimator):
             return []
         return [Finding("data.train_files", "note", f"{text}; +algorithm=krpo_memory remembers it", section=SECTION)]
+    from verl_krpo.plugin import next_batch  # here: doctor has to start where the plugin does not
+
     if estimator.chooses and (wrong := next_batch.unfit(estimator, rows, batch, steps)):
         return [Finding("data.train_files", "failure", wrong, section=SECTION, code=WRONG_JOB)]
     if _selects(estimator):

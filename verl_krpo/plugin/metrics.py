@@ -41,7 +41,7 @@ and for krpo_memory
     krpo/dead_foretold                   share of the groups of two or more that were expected to have equal rewards
     krpo/dead                            share of them that have
 
-of them for jobs with select or allocate
+of them for jobs with select or allocate, of every fetch of prompts, of which the asynchronous trainers have many a step
 
     krpo/candidates_new                  share of the candidates that are not remembered
     krpo/effective_prompts               (sum w)^2 / sum w^2 of the weights of objective=same: so many prompts, all

@@ -11,16 +11,26 @@ All draws follow from data.seed, the step, and how many batches were fetched in 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from verl_krpo import choice
+from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.config import Choice, MemoryConfig, Objective
 from verl_krpo.hook import marked
 from verl_krpo.plugin import metrics, prompt_memory
 
 RESPONSES = "__rollout_n__"
+
+
+class Chosen(NamedTuple):
+    """The prompts taken, (count,): places among the candidates, weights, numbers of responses; and what is logged."""
+
+    rows: np.ndarray
+    weights: np.ndarray
+    responses: np.ndarray
+    metrics: dict[str, float]
 
 
 def next_batch(fetch: Callable, trainer: Any, num_prompts: int | None = None) -> Any:
@@ -32,62 +42,52 @@ def next_batch(fetch: Callable, trainer: Any, num_prompts: int | None = None) ->
 
     run, config = prompt_memory.run(), trainer.config
     count = config.data.train_batch_size if num_prompts is None else num_prompts
-    rng = np.random.default_rng([config.data.get("seed") or 0, run.step, run.count_fetch()])
-    selects = settings.select == Choice.signal
-    batch = fetch(trainer, count * settings.select_from if selects else count)
+    batch = fetch(trainer, count * (settings.select_from if settings.select == Choice.signal else 1))
     names = prompt_memory.names(batch)
-    if selects:
+    if settings.select == Choice.signal:
         # An epoch that ends among the candidates may bring a prompt twice.
-        batch, names = _rows(batch, np.sort(np.unique(names, return_index=True)[1])), list(dict.fromkeys(names))
-    forecast = run.memory.forecast(names, run.step, settings.memory_var)
-    signals = choice.expected(*forecast)
-    noted = {"krpo/candidates_new": 1 - run.memory.recall(names, run.step).known.double().mean().item()}
-
-    chosen, weights = np.arange(len(names)), np.ones(len(names))
-    if selects and settings.objective == Objective.same:
-        chosen, weights = choice.include(signals, count, rng)
-        noted["krpo/effective_prompts"] = choice.effective_size(weights)
-    elif selects:
-        chosen, weights = choice.choose(choice.draw(*forecast, rng), count, rng), np.ones(count)
-    of_each = config.actor_rollout_ref.rollout.n
-    counts = np.full(len(chosen), of_each)
+        batch = tu.index_select_tensor_dict(batch, np.sort(np.unique(names, return_index=True)[1]).tolist())
+        names = list(dict.fromkeys(names))
+    rng = np.random.default_rng([config.data.get("seed") or 0, run.step, run.count_fetch()])
+    chosen = choose(run.memory, names, run.step, settings, count, config.actor_rollout_ref.rollout.n, rng)
+    metrics.note(chosen.metrics)
+    batch = tu.index_select_tensor_dict(batch, chosen.rows.tolist())
+    tu.assign_non_tensor_stack(batch, prompt_memory.WEIGHT, chosen.weights.tolist())
     if settings.allocate == Choice.signal:
-        counts = choice.allocate(signals[chosen], of_each * len(chosen))
-    noted |= _saved(signals, chosen, weights, counts, of_each, settings)
-    metrics.note(noted)
-
-    batch = _rows(batch, chosen)
-    tu.assign_non_tensor_stack(batch, prompt_memory.WEIGHT, (weights * of_each / counts).tolist())
-    if settings.allocate == Choice.signal:
-        tu.assign_non_tensor_stack(batch, RESPONSES, counts.tolist())
-        run.responses = dict(zip(batch["uid"], counts.tolist(), strict=True))
+        tu.assign_non_tensor_stack(batch, RESPONSES, chosen.responses.tolist())
+        run.responses = dict(zip(batch["uid"], chosen.responses.tolist(), strict=True))
     return batch
 
 
-def _rows(batch: Any, rows: np.ndarray) -> Any:
-    from verl.utils import tensordict_utils as tu
-
-    return tu.index_select_tensor_dict(batch, rows.tolist())
-
-
-def _saved(
-    signals: np.ndarray,
-    chosen: np.ndarray,
-    weights: np.ndarray,
-    counts: np.ndarray,
-    of_each: int,
+def choose(
+    memory: PromptMemory,
+    names: Sequence[str],
+    step: int,
     settings: MemoryConfig,
-) -> dict[str, float]:
-    """krpo/rollouts_saved: the share of its rollouts that a job would save against one that takes all alike."""
-    taken = signals[chosen]
-    if not taken.any():
-        return {}
-    var = (weights**2 * taken).sum()  # of the gradient, with of_each responses a prompt
-    needed = (weights**2 * taken * of_each / counts).sum() / var
-    if settings.select == Choice.signal:
-        uniform = signals.mean()
-        needed *= uniform / taken.mean() if settings.objective == Objective.signal else var / len(chosen) / uniform
-    return {"krpo/rollouts_saved": 1 - needed}
+    count: int,
+    responses: int,
+    rng: np.random.Generator,
+) -> Chosen:
+    """`count` of the candidates `names`, with `responses` each on average, as `settings` say."""
+    forecast = memory.forecast(names, step, settings.memory_var)
+    signals = choice.expected(*forecast)
+    noted = {"krpo/candidates_new": 1 - memory.recall(names, step).known.double().mean().item()}
+    rows, weights, given = np.arange(len(names)), np.ones(count), np.full(count, responses)
+    selects, same = settings.select == Choice.signal, settings.objective == Objective.same
+    if selects and same:
+        rows, weights = choice.include(signals, count, rng)
+        noted["krpo/effective_prompts"] = choice.effective_size(weights)
+    elif selects:
+        rows = choice.choose(choice.draw(*forecast, rng), count, rng)
+    if settings.allocate == Choice.signal:
+        given = choice.allocate(signals[rows], responses * count)
+    if (taken := signals[rows]).any():
+        var = (weights**2 * taken).sum()  # of the gradient, with `responses` a prompt
+        needed = (weights**2 * taken * responses / given).sum() / var
+        if selects:
+            needed *= var / count / signals.mean() if same else signals.mean() / taken.mean()
+        noted["krpo/rollouts_saved"] = float(1 - needed)
+    return Chosen(rows, weights * responses / given, given, noted)
 
 
 def begin(trainer: Any) -> None:
