@@ -220,7 +220,6 @@ def test_every_metric_is_in_the_glossary():
 
 
 def test_the_exit_statuses_are_those_of_doctor():
-    from verl_krpo import doctor
     from verl_krpo.doctor import finding
 
     codes = {
@@ -233,8 +232,6 @@ def test_the_exit_statuses_are_those_of_doctor():
     }
     written = {int(code) for code in re.findall(r"^\| (\d+) \|", (DOCS / "tools.md").read_text(), re.MULTILINE)}
     assert written == codes | {0}
-    for code in codes:
-        assert str(code) in doctor.__doc__
 
 
 def test_the_compatibility_table_has_every_tested_version():

@@ -9,7 +9,7 @@ import typer
 from verl_krpo import __version__
 from verl_krpo.data.source import NAMES
 from verl_krpo.lab.bench import TABLES
-from verl_krpo.lab.cli import study
+from verl_krpo.lab.cli import Out, Seed, study
 
 app = typer.Typer(
     help="KRPO and KPO for verl: data, models, studies and runs read back.",
@@ -31,9 +31,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit()
 
 
-Out = Annotated[Path, typer.Option("--out", help="The folder to write to.", file_okay=False)]
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # arguments of another parser
-Seed = Annotated[int, typer.Option(help="The same seed makes the same thing.")]
 
 
 @data.command()

@@ -85,7 +85,7 @@ def test_without_uid_rows_are_grouped_by_prompt_text_and_it_is_said(tmp_path, fo
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "uid"}) + "\n" for row in rows))
     run = replay(folder)
-    assert run.reading.by_text and run.groups == 4 * 8
+    assert run.reading.by_text and run.total("groups") == 4 * 8
     assert any("grouped by prompt text" in value for _, value in page.facts(run))
 
 
@@ -115,7 +115,9 @@ def test_damaged_lines_are_counted_named_and_left_out(folder):
     assert len(run.reading.examples) == rollouts.EXAMPLES_KEPT
     assert run.reading.examples[0].startswith(f"{path}:1: no JSON")
     assert any("score is None" in example for example in run.reading.examples)
-    assert run.rewards == clean.rewards
+    assert [run.total(key) for key in ("rows", "sum", "squares")] == [
+        clean.total(key) for key in ("rows", "sum", "squares")
+    ]
     assert run.totals["krpo"].squares == clean.totals["krpo"].squares
 
 
@@ -232,8 +234,8 @@ def test_totals_are_those_of_all_rows_at_once(folder):
     assert totals.std() == pytest.approx(seen.std(correction=0).item())
     assert totals.largest == seen.abs().max().item()
     ends = [torch.cat(part).mean().item() for part in (first, last)]
-    assert totals.ends / run.multiple_groups == pytest.approx(ends)
-    assert totals.by_place[[0, 5]] / run.groups_at[[0, 5]] == pytest.approx(ends)
+    assert totals.ends / run.total("groups_of_several") == pytest.approx(ends)
+    assert totals.by_place[[0, 5]] / run.total("groups_at")[[0, 5]] == pytest.approx(ends)
     assert totals.histogram.sum() == len(seen) == run.totals["grpo"].rows
 
 
@@ -275,7 +277,7 @@ def test_groups_of_equal_rewards(tmp_path):
     rows = [rollout(1, f"p{g}", k, float(g % 2)) for g in range(4) for k in range(4)]
     rows += [rollout(1, "single", 0, 1.0)] + [rollout(1, "mixed", k, float(k)) for k in range(2)]
     run = replay(write_steps(tmp_path, rows))
-    assert (run.groups, run.equal_groups, run.singletons) == (6, 4, 1)
+    assert [run.total(key) for key in ("groups", "equal_groups", "groups_of_several")] == [6, 4, 5]
     assert run.totals["grpo"].equal == run.totals["rloo"].equal == 0
     assert run.totals["krpo"].equal > 0  # all correct, and yet an advantage: the prior mean is 0
 
@@ -404,13 +406,13 @@ def test_the_memory_goes_from_step_to_step_and_knows_a_prompt_by_its_text(tmp_pa
             found.advantages().std(correction=0).item()
         )
     remembered = run.memories["krpo_memory"]
-    assert (len(remembered), remembered.step, run.named) == (6, 10, True)
+    assert (len(remembered), remembered.step, run.every("named")) == (6, 10, True)
     assert ("prompts", "6, each 3 times") in page.facts(run)
 
     for row in rows:
         del row["input"]
     run = replay(write_steps(tmp_path / "unnamed", rows))
-    assert (len(run.memories["krpo_memory"]), run.named) == (18, False)
+    assert (len(run.memories["krpo_memory"]), run.every("named")) == (18, False)
     assert any("knows none of them again" in value for _, value in page.facts(run))
 
 

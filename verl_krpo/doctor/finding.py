@@ -1,9 +1,14 @@
-"""What every look gives."""
+"""What every look gives, and the exit statuses of doctor and preflight."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-NOT_INSTALLED, BROKEN, HIDDEN, WRONG_VERL, WRONG_JOB, NOT_IN_WORKER = 10, 11, 12, 13, 14, 15
+NOT_INSTALLED = 10  # the entry point is not visible to verl
+BROKEN = 11  # the plugin's import fails
+HIDDEN = 12  # VERL_USE_EXTERNAL_PLUGINS hides the plugin
+WRONG_VERL = 13  # verl is missing, too old, or does not load entry points
+WRONG_JOB = 14  # a typo in a key, a value out of range
+NOT_IN_WORKER = 15  # a Ray worker has no plugin
 MISSING = 1  # of preflight: the job would miss something here
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from verl_krpo import __version__
 from verl_krpo.advantage import ESTIMATORS
 from verl_krpo.config import KrpoConfig, Weight
-from verl_krpo.replay.recompute import HISTOGRAM_EDGES, PLACES_KEPT, RANDOM_ORDERS, Replay
+from verl_krpo.replay.recompute import HISTOGRAM_EDGES, RANDOM_ORDERS, Replay
 from verl_krpo.report import figure
 
 COLUMNS = ("std", "max", "order", "first", "last", "no signal", "variance")
@@ -37,10 +37,10 @@ TOO_MUCH = 1.05  # variance over rloo's from which a method is advised against
 
 def verdict(run: Replay) -> list[str]:
     """The rewards in a line, how the methods compare, and the key to add."""
-    sizes = np.unique(np.concatenate(run.sizes)).astype(int)
+    sizes = np.unique(np.concatenate([row["sizes"] for row in run.per_step])).astype(int)
     groups = f"groups of {sizes[0]}" if len(sizes) == 1 else f"groups of {sizes[0]} to {sizes[-1]}"
-    signal = f"{_percent(run.equal_groups, run.groups)} of the groups without signal"
-    lines = [f"{groups}, rewards {'0/1' if run.binary else 'of several values'}, {signal}."]
+    signal = f"{_percent(run.total('equal_groups'), run.total('groups'))} of the groups without signal"
+    lines = [f"{groups}, rewards {'0/1' if run.every('binary') else 'of several values'}, {signal}."]
     variances = {method: run.variance(method) for method in run.methods if method != "rloo"}
     if math.isnan(variances["grpo"]):
         return [*lines, "No group has a spread: nothing can be learned from these rewards under any method."]
@@ -52,8 +52,8 @@ def verdict(run: Replay) -> list[str]:
         text = f"{name} {value:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
         compared.append(text + (": do not use" if value > TOO_MUCH and method in KEYS else ""))
     lines.append(f"{of_what(run)}, rloo = 1: {', '.join(compared)}.")
-    if len(run.sizes) < 10:
-        lines.append(f"From {len(run.sizes)} step{'s' * (len(run.sizes) > 1)}: too few for intervals.")
+    if len(run.per_step) < 10:
+        lines.append(f"From {len(run.per_step)} step{'s' * (len(run.per_step) > 1)}: too few for intervals.")
     best = min(variances.keys() & KEYS.keys(), key=variances.__getitem__)
     interval = run.interval(best)
     if interval and interval[1] >= 1 or variances[best] > 0.99:
@@ -73,29 +73,33 @@ def cells(run: Replay, method: str) -> list[str]:
     totals = run.totals[method]
     std = totals.std()
     order = math.sqrt(totals.order / totals.rows) / std if std else math.nan
-    first, last = totals.ends / run.multiple_groups if run.multiple_groups else (math.nan, math.nan)
-    equal = totals.equal / totals.equal_rows if totals.equal_rows else math.nan
+    several, equal_rows = run.total("groups_of_several"), run.total("equal_rows")
+    first, last = totals.ends / several if several else (math.nan, math.nan)
+    equal = totals.equal / equal_rows if equal_rows else math.nan
     return [number(v) for v in (std, totals.largest, order, first, last, equal, run.variance(method))]
 
 
 def facts(run: Replay) -> list[tuple[str, str]]:
     """(what, value) rows about the rollouts themselves."""
-    count, total, squares = run.rewards
-    mean = total / count
+    count, groups, equal = (run.total(key) for key in ("rows", "groups", "equal_groups"))
+    mean, squares, steps = run.total("sum") / count, run.total("squares"), len(run.per_step)
     rows = [
-        ("responses", f"{count:,} in {run.groups:,} groups, {len(run.per_step):,} step{'s' * (len(run.per_step) > 1)}"),
+        ("responses", f"{count:,} in {groups:,} groups, {steps:,} step{'s' * (steps > 1)}"),
         ("reward", f"mean {number(mean)}, std {number(math.sqrt(max(0.0, squares / count - mean**2)))}"),
-        ("no signal", f"equal rewards in {run.equal_groups:,} groups ({_percent(run.equal_groups, run.groups)})"),
+        ("no signal", f"equal rewards in {equal:,} groups ({_percent(equal, groups)})"),
     ]
     known = len(run.memories["krpo_memory"])
-    prompts = f"{known:,}, each {number(run.groups / max(1, known))} times"
-    rows.append(("prompts", prompts if run.named else "rows have no input: krpo_memory knows none of them again"))
-    if run.singletons:
-        rows.append(("groups of one", f"{run.singletons:,}"))
+    prompts = f"{known:,}, each {number(groups / max(1, known))} times"
+    rows.append(
+        ("prompts", prompts if run.every("named") else "rows have no input: krpo_memory knows none of them again")
+    )
+    if singles := groups - run.total("groups_of_several"):
+        rows.append(("groups of one", f"{singles:,}"))
     changed = {k: v for k, v in vars(run.settings).items() if v != getattr(KrpoConfig(), k)}
     named = ", ".join(f"{k}={getattr(v, 'value', v)}" for k, v in changed.items())
     rows.append(("krpo", named or "the published settings"))
-    nis = run.nis[0] / run.nis[1] if run.nis[1] else math.nan
+    fits = [row for row in run.per_step if not math.isnan(row["nis"])]
+    nis = sum(row["nis"] * row["rows"] for row in fits) / sum(row["rows"] for row in fits) if fits else math.nan
     verdict = "right" if 0.5 <= nis <= 2 else "too small: rewards vary more than Q, R and the prior say"
     if nis < 0.5:
         verdict = "too large: rewards vary less than Q, R and the prior say"
@@ -175,8 +179,9 @@ def pictures(run: Replay) -> list[tuple[str, str]]:
     per_step = {key: {m: [row[m][key] for row in run.per_step] for m in run.methods} for key in ("std", "order")}
     reward = {"mean reward": "reward", "groups without signal": "no_signal"}
     reward = {label: [row[key] for row in run.per_step] for label, key in reward.items()}
-    places = np.arange(1, 1 + min(int(np.flatnonzero(run.groups_at)[-1]) + 1, PLACES_KEPT))
-    by_place = {m: run.totals[m].by_place[: len(places)] / run.groups_at[: len(places)] for m in run.methods}
+    groups_at = np.trim_zeros(run.total("groups_at"))
+    places = np.arange(1, 1 + len(groups_at))
+    by_place = {m: run.totals[m].by_place[: len(places)] / groups_at for m in run.methods}
     return [
         _lines("Mean size of the advantage by place in the group: flat where order does not matter",
                places, by_place, "place in the group", "mean |A|", log=True),

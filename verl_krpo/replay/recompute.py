@@ -35,6 +35,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,6 @@ class Totals:
     largest: float = 0.0
     order: float = 0.0
     equal: float = 0.0
-    equal_rows: int = 0
     by_place: np.ndarray = field(default_factory=lambda: np.zeros(PLACES_KEPT))
     ends: np.ndarray = field(default_factory=lambda: np.zeros(2))
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(HISTOGRAM_EDGES) - 1, dtype=np.int64))
@@ -91,7 +91,6 @@ class Totals:
         self.largest = max(self.largest, a.abs().max().item())
         self.order += order * len(a)
         self.equal += a[equal].abs().sum().item()
-        self.equal_rows += int(equal.sum())
         self.by_place += np.bincount(_places(groups), weights=size[groups.mask].numpy(), minlength=PLACES_KEPT)
         last = size.gather(1, (sizes - 1)[:, None])[:, 0]
         self.ends += [size[sizes > 1, 0].sum().item(), last[sizes > 1].sum().item()]
@@ -101,25 +100,21 @@ class Totals:
 
 @dataclass
 class Replay:
-    """A run read back. per_step: one dict of numbers a step; totals: method -> Totals."""
+    """A run read back. per_step: one dict a step, of numbers (`_of_rewards`, `add`); totals: method -> Totals."""
 
     name: str
     settings: KrpoConfig
     reading: rollouts.Reading
     per_step: list[dict] = field(default_factory=list)
     totals: dict[str, Totals] = field(default_factory=dict)
-    sizes: list[np.ndarray] = field(default_factory=list)  # per step, the group sizes in it
-    moments: list[np.ndarray] = field(default_factory=list)  # per step, of a groups.Variation
-    groups: int = 0
-    singletons: int = 0
-    equal_groups: int = 0
-    multiple_groups: int = 0
-    groups_at: np.ndarray = field(default_factory=lambda: np.zeros(PLACES_KEPT, dtype=np.int64))
-    rewards: list = field(default_factory=lambda: [0, 0.0, 0.0])  # count, sum, sum of squares
-    binary: bool = True  # every reward is 0 or 1
-    nis: list = field(default_factory=lambda: [0.0, 0])
     memories: dict[str, PromptMemory] = field(default_factory=lambda: dict.fromkeys(MEMORIES, PromptMemory()))
-    named: bool = True  # every row has told its prompt's text
+
+    def total(self, key: str) -> Any:
+        """Over the steps."""
+        return sum(row[key] for row in self.per_step)
+
+    def every(self, key: str) -> bool:
+        return all(row[key] for row in self.per_step)
 
     @property
     def kinds(self) -> tuple[Weight, ...]:
@@ -133,18 +128,18 @@ class Replay:
 
     def variance(self, method: str) -> float:
         """Noise per signal, as a multiple of rloo's; NaN where no group has a spread."""
-        return self._variances(method, np.ones((1, len(self.sizes))))[0]
+        return self._variances(method, np.ones((1, len(self.per_step))))[0]
 
     def interval(self, method: str) -> tuple[float, float] | None:
         """95 % of `variance`, by resampling the steps; None with fewer than ten."""
-        steps = len(self.sizes)
+        steps = len(self.per_step)
         if steps < 10:
             return None
         return middle(self._variances(method, times_drawn(np.random.default_rng(0), steps, RESAMPLES)))
 
     def _variances(self, method: str, weights: np.ndarray) -> np.ndarray:
         """`variance` under every row of weights (resamples, steps)."""
-        within, degrees, between, between_degrees, spread = np.sum(self.moments, axis=0)
+        within, degrees, between, between_degrees, spread = self.total("moments")
         if within == 0:
             return np.full(len(weights), math.nan)
         noise_var = within / degrees
@@ -153,9 +148,9 @@ class Replay:
 
         def noise_per_signal(method: str) -> np.ndarray:
             sums = []
-            for n, products in zip(self.sizes, self.totals[method].products, strict=True):
+            for row, products in zip(self.per_step, self.totals[method].products, strict=True):
                 square, reward, mean, others = products.T
-                w = 1.0 if prior_var == math.inf else prior_var / (prior_var + noise_var / n)
+                w = 1.0 if prior_var == math.inf else prior_var / (prior_var + noise_var / row["sizes"])
                 sums.append((square.sum(), (reward - w * mean - (1 - w) * others).sum()))
             square, signal = (weights @ np.array(sums)).T
             return square * (weights @ rows) / signal**2
@@ -238,18 +233,12 @@ def add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
     weights = {kind: torch.from_numpy(values) for kind, values in step.weights.items()}
     arrived = group(prompts, torch.ones(len(rewards), dtype=torch.bool))
     estimate = krpo(rewards, prompts, result.settings, _chosen(result.settings, weights))
-    equal = _add_groups(result, rewards, arrived)
+    row, equal = _of_rewards(rewards, arrived)
     nis = metrics.scalars(estimate, result.settings).get("krpo/nis", math.nan)
-    if not math.isnan(nis):
-        result.nis[0] += nis * len(rewards)
-        result.nis[1] += len(rewards)
-    row = {"step": step.number, "reward": rewards.mean().item(), "rows": len(rewards), "nis": nis}
-    row["no_signal"] = equal.double().mean().item()
-    result.named &= step.names is not None
+    row |= {"step": step.number, "nis": nis, "named": step.names is not None}
 
     orders = [rng.permutation(len(rewards)) for _ in range(RANDOM_ORDERS)]
-    of_rows = arrived.scatter(equal[:, None].expand_as(arrived.mask))
-    products = _products(rewards, arrived, result, weights.get(Weight.score))
+    products = _products(rewards, arrived, weights.get(Weight.score))
     for method in result.methods:
         if method in INFORMED:
             informed = _informed(result, method, rewards, step, weights.get(Weight.score))
@@ -260,7 +249,7 @@ def add(result: Replay, step: rollouts.Step, rng: np.random.Generator) -> None:
         if method == "krpo":  # the others' formulas know no order
             order = _order_variance(rewards, prompts, result.settings, weights, orders)
         totals = result.totals.setdefault(method, Totals())
-        totals.add(a, estimate.groups if method == "krpo" else arrived, of_rows, order)
+        totals.add(a, estimate.groups if method == "krpo" else arrived, equal, order)
         totals.products.append(products(a, signal))
         spread = a.std(correction=0).item()
         row[method] = {"std": spread, "order": math.sqrt(order) / spread if spread else 0.0}
@@ -292,41 +281,44 @@ def _signal(estimate: Estimate) -> torch.Tensor:
     return groups.scatter(var[:, None] / (estimate.baseline_var + estimate.scale_var).sqrt())
 
 
-def _add_groups(result: Replay, rewards: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Count the step's groups; (groups,): more than one member and all of one reward."""
+def _of_rewards(rewards: torch.Tensor, groups: Groups) -> tuple[dict, torch.Tensor]:
+    """The numbers of a step before any method; (rows,): in a group of more than one member, all of one reward."""
     values, sizes = groups.gather(rewards), groups.sizes
     equal = ((values == values[:, :1]) | ~groups.mask).all(dim=1) & (sizes > 1)
-    result.groups += len(sizes)
-    result.singletons += int((sizes == 1).sum())
-    result.equal_groups += int(equal.sum())
-    result.multiple_groups += int((sizes > 1).sum())
-    result.groups_at += np.bincount(_places(groups), minlength=PLACES_KEPT)
-    result.binary &= bool(((rewards == 0) | (rewards == 1)).all())
-    result.rewards[0] += len(rewards)
-    result.rewards[1] += rewards.sum().item()
-    result.rewards[2] += rewards.square().sum().item()
-    return equal
+    rows = groups.scatter(equal[:, None].expand_as(groups.mask))
+    found = variation(values - rewards.mean(), groups.mask.double(), torch.sum)
+    numbers = {
+        "rows": len(rewards),
+        "reward": rewards.mean().item(),
+        "sum": rewards.sum().item(),
+        "squares": rewards.square().sum().item(),
+        "binary": bool(((rewards == 0) | (rewards == 1)).all()),
+        "groups": len(sizes),
+        "groups_of_several": int((sizes > 1).sum()),
+        "equal_groups": int(equal.sum()),
+        "equal_rows": int(rows.sum()),
+        "no_signal": equal.double().mean().item(),
+        "groups_at": np.bincount(_places(groups), minlength=PLACES_KEPT),
+        "moments": np.array([float(x) for x in found]),
+        "sizes": sizes.unique().double().numpy(),
+    }
+    return numbers, rows
 
 
-def _products(
-    rewards: torch.Tensor, groups: Groups, result: Replay, weights: torch.Tensor | None
-) -> Callable[..., np.ndarray]:
-    """Keep the step's moments; the function that sums w A^2, A r, A mean_g, A mean of the other groups by group size.
+def _products(rewards: torch.Tensor, groups: Groups, weights: torch.Tensor | None) -> Callable[..., np.ndarray]:
+    """The function that sums w A^2, A r, A mean_g, A mean of the other groups by group size.
 
     Given the signal too, it takes that in the place of A r, and of the other two 0.
     """
-    values, sizes, members = groups.gather(rewards), groups.sizes.double(), groups.mask.double()
-    found = variation(values - rewards.mean(), members, torch.sum)
-    result.moments.append(np.array([float(x) for x in found]))
-    means, _ = moments(values, members)
+    sizes = groups.sizes.double()
+    means, _ = moments(groups.gather(rewards), groups.mask.double())
     known = sum_of_others(sizes)
     others = torch.where(known > 0, sum_of_others(sizes * means) / known, means)
 
     def rows(value: torch.Tensor) -> np.ndarray:
         return groups.scatter(value[:, None].expand_as(groups.mask)).numpy()
 
-    present, at = np.unique(rows(sizes), return_inverse=True)
-    result.sizes.append(present)
+    _, at = np.unique(rows(sizes), return_inverse=True)
     factors = rewards.numpy(), rows(means), rows(others)
     weighed = 1.0 if weights is None else weights.numpy()
 

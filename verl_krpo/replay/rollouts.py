@@ -102,9 +102,10 @@ def steps(where: str | Path, reading: Reading, advance: Callable[[int], object] 
                 if not line.strip():
                     continue
                 reading.lines += 1
-                found = _responses(line, path, reading)
-                if isinstance(found, str):
-                    reading.skip(path, at, found)
+                try:
+                    found = _responses(line, path, reading)
+                except Damaged as why:
+                    reading.skip(path, at, str(why))
                     continue
                 if found and responses and found[0].step != responses[0].step:
                     yield _step(responses, reading)
@@ -114,77 +115,72 @@ def steps(where: str | Path, reading: Reading, advance: Callable[[int], object] 
             yield _step(responses, reading)
 
 
-def _responses(line: bytes, path: Path, reading: Reading) -> list[Response] | str:
-    """Those of a line, or what is wrong with it."""
+class Damaged(ValueError):
+    """A line that holds no rollouts, and why."""
+
+
+def _responses(line: bytes, path: Path, reading: Reading) -> list[Response]:
+    """Those of a line; none where it only fills up a batch."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        return f"no JSON ({error})"
+        raise Damaged(f"no JSON ({error})") from error
     if not isinstance(row, dict):
-        return f"{type(row).__name__}, not an object"
+        raise Damaged(f"{type(row).__name__}, not an object")
     step = row.get("step")
     if step is None and path.stem.isdigit():
         step = int(path.stem)
     if not isinstance(step, int):
-        return f"step is {step!r}, not a whole number"
+        raise Damaged(f"step is {step!r}, not a whole number")
     found = _neutral(row, step) if "rewards" in row else _verls(row, step, reading)
-    if isinstance(found, str) or not found:
-        return found
-    kinds = tuple(found[0].weights)
-    if reading.kinds is None:
-        reading.kinds = kinds
-    if not set(reading.kinds) <= set(kinds):
-        return "no log-probs or score weights here, which the lines before have"
+    if found:
+        kinds = found[0].weights
+        reading.kinds = tuple(kinds) if reading.kinds is None else reading.kinds
+        if not set(reading.kinds) <= set(kinds):
+            raise Damaged("no log-probs or score weights here, which the lines before have")
     return found
 
 
-def _neutral(row: dict, step: int) -> list[Response] | str:
+def _neutral(row: dict, step: int) -> list[Response]:
     """A prompt's visit."""
     prompt, rewards, weights = row.get("prompt_id"), row["rewards"], row.get("score_weights")
     if not isinstance(prompt, str | int) or isinstance(prompt, bool):
-        return f"prompt_id is {prompt!r}, neither text nor a whole number"
+        raise Damaged(f"prompt_id is {prompt!r}, neither text nor a whole number")
     for name, values in ("rewards", rewards), ("score_weights", weights):
         if values is not None and not (isinstance(values, list) and values and all(map(_finite, values))):
-            return f"{name} is {values!r}, not a list of finite numbers"
-    if weights is None:
-        return [Response(step, float(reward), None, str(prompt)) for reward in rewards]
-    if len(weights) != len(rewards) or min(weights) < 0:
-        return f"score_weights is {weights!r}: {len(rewards)} numbers >= 0, one a reward"
-    return [
-        Response(step, float(reward), None, str(prompt), {Weight.score: float(weight)})
-        for reward, weight in zip(rewards, weights, strict=True)
-    ]
+            raise Damaged(f"{name} is {values!r}, not a list of finite numbers")
+    if weights and (len(weights) != len(rewards) or min(weights) < 0):
+        raise Damaged(f"score_weights is {weights!r}: {len(rewards)} numbers >= 0, one a reward")
+    found = [{Weight.score: float(weight)} for weight in weights] if weights else [NO_WEIGHTS] * len(rewards)
+    return [Response(step, float(reward), None, str(prompt), own) for reward, own in zip(rewards, found, strict=True)]
 
 
-def _verls(row: dict, step: int, reading: Reading) -> list[Response] | str:
-    """A response; none where the row only fills up a batch."""
+def _verls(row: dict, step: int, reading: Reading) -> list[Response]:
     score, key, text = row.get("score"), row.get("uid"), row.get("input")
     if not _finite(score):
-        return f"score is {score!r}, not a finite number"
+        raise Damaged(f"score is {score!r}, not a finite number")
     weights = _weights(row)
-    if isinstance(weights, str):
-        return weights
     name = hashlib.blake2b(text.encode(), digest_size=12).hexdigest() if isinstance(text, str) else None
     if isinstance(key, str) and key:
         # verl fills batches up with rows that answer nothing: pad{hex}_{i}_0, where a prompt has {hex}_{i}_{output}.
         return [] if key.startswith("pad") else [Response(step, float(score), key, name, weights)]
     if name is None:
-        return "neither uid nor input says which prompt this answers"
+        raise Damaged("neither uid nor input says which prompt this answers")
     reading.by_text = True
     return [Response(step, float(score), None, name, weights)]
 
 
-def _weights(row: dict) -> dict[Weight, float] | str:
-    """The weights of a response by kind, or what is wrong with them."""
+def _weights(row: dict) -> dict[Weight, float]:
+    """The weights of a response by kind."""
     if (weight := row.get("score_weight")) is not None:
         if not _finite(weight) or weight < 0:
-            return f"score_weight is {weight!r}, not a finite number >= 0"
+            raise Damaged(f"score_weight is {weight!r}, not a finite number >= 0")
         return {Weight.score: float(weight)}
     name = next((name for name in LOG_PROBS if row.get(name) is not None), None)
     if name is None:
         return NO_WEIGHTS
     if not isinstance(row[name], list) or not all(map(_finite, row[name])):
-        return f"{name} is not a list of finite numbers"
+        raise Damaged(f"{name} is not a list of finite numbers")
     log_prob = torch.tensor([row[name]], dtype=torch.float64)
     mask = torch.ones_like(log_prob, dtype=torch.bool)
     return {Weight.score: score_weights(log_prob, mask).item(), Weight.length: length_weights(mask).item()}
