@@ -22,7 +22,7 @@ def test_saved_as_png(tmp_path):
     drawn, panels = figure.axes(1, 2, 6, 3)
     figure.band(panels[0, 0], [1, 2], [0.5, 0.6], [0.4, 0.5], [0.6, 0.7], color=figure.color("krpo"), label="krpo")
     figure.whole_steps(panels[0, 0])
-    figure.legend(drawn, panels[0, 0])
+    figure.legend(drawn)
     for given in ("name.v1", "name.v1.png"):
         assert figure.save(drawn, tmp_path / "new" / given) == tmp_path / "new" / "name.v1.png"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["name.v1.png"]

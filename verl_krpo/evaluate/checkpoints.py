@@ -189,7 +189,7 @@ def plot(measured: dict[str, dict[str, dict[str, Measured]]], path: str | os.Pat
         axis.set(xlabel="samples k", ylim=(0, 1))
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
-    figure.legend(drawn, axes[0], ncols=2)
+    figure.legend(drawn, ncols=2)
     return figure.save(drawn, path)
 
 

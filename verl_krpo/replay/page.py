@@ -205,7 +205,7 @@ def _lines(title: str, x, series: dict, xlabel: str, ylabel: str = "", log: bool
     elif not log:
         axis.set_ylim(min(0, axis.get_ylim()[0]), max(1, axis.get_ylim()[1]))
     figure.whole_steps(axis)
-    figure.legend(drawn, axis, ncols=min(4, len(series)), fontsize=8)
+    figure.legend(drawn, ncols=min(4, len(series)), fontsize=8)
     return _svg(title, drawn)
 
 

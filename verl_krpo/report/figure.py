@@ -83,10 +83,13 @@ def panels(count: int, width: float, height: float, **options):
     return figure, list(grid.flat[:count])
 
 
-def legend(figure, panel, **options) -> None:
-    """One legend for all panels, from the lines of one of them."""
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, **{"loc": "outside upper left", "frameon": False, "ncols": 3} | options)
+def legend(figure, **options) -> None:
+    """One legend for all panels: every label once."""
+    shown = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(shown.values(), shown, **{"loc": "outside upper left", "frameon": False, "ncols": 3} | options)
 
 
 def whole_steps(panel, most: int = 8) -> None:
@@ -126,7 +129,7 @@ def over_sizes(rows: list[dict], across: str, measures: dict[str, str], lines: d
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set(title=columns[column] if line == 0 else "", ylabel="" if column else measures[key])
     drawn.supxlabel("group size", fontsize=9)
-    legend(drawn, panels[0, 0], title=by, ncols=6, loc="outside upper center", fontsize=8)
+    legend(drawn, title=by, ncols=6, loc="outside upper center", fontsize=8)
     return drawn, panels
 
 

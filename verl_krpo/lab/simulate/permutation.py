@@ -89,7 +89,7 @@ def figures(rows: list[dict]) -> dict:
         axis.set_xlim(left=-0.02)
         axis.set_title(title, fontsize=9)
     axes[0, 0].invert_yaxis()
-    figure.legend(drawn, axes[0, 0], ncols=6, loc="outside lower center", fontsize=8)
+    figure.legend(drawn, ncols=6, loc="outside lower center", fontsize=8)
     return {"permutation": drawn}
 
 

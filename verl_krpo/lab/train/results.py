@@ -187,10 +187,11 @@ def draw_curves(rows: list[dict], path: Path) -> None:
             mean, half = curves.mean(0), [half_width(values) for values in curves.T]
             at = np.arange(curves.shape[1]) * int(seeds[0]["rollouts"])
             figure.band(panel, at, mean, mean - half, mean + half, colors[method], label=method)
-        panel.set_title(f"{condition}, seeds: {len(seeds)}")
+        counts = sorted({len(seeds) for seeds in methods.values()})
+        panel.set_title(f"{condition}, seeds: {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}")
         panel.set_xlabel("rollouts")
     panels[0].set_ylabel("held-out accuracy")
-    figure.legend(drawn, panels[0], ncols=6)
+    figure.legend(drawn, ncols=6)
     figure.save(drawn, path)
 
 
