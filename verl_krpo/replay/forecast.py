@@ -221,7 +221,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def run(runs: Sequence[str | Path], out: Path, seed: int = 0) -> str:
-    """Write forecast.csv and forecast.png (.svg) to `out`; the tables as text."""
+    """Write forecast.csv and forecast.png to `out`; the tables as text."""
     rows = measure(join([forecast(read(where)) for where in runs]), seed)
     tables.write_csv(out / "forecast.csv", rows)
     draw(rows, out / "forecast.png")
