@@ -176,8 +176,8 @@ def _spo(keep: float = 0.9, start: float = 8.0) -> Estimate:
 def _dbb(keep: float = 0.5, prior: float = 1.0) -> Estimate:
     """Discounted Beta-Bernoulli (arXiv 2603.18444): GRPO whose mean and spread of a prompt are a Beta's.
 
-    The Beta begins with one right and one wrong, counts these rewards too, and keeps `keep` of the past a visit: 0.5 and
-    0.75 in the paper's two models; A = (r - p) / sqrt(p (1 - p)).
+    The Beta begins with one right and one wrong, counts these rewards too, and keeps `keep` of the past a visit, in the
+    paper 0.5 and 0.75 for its two models; A = (r - p) / sqrt(p (1 - p)).
     """
     state: dict[str, tuple[float, float]] = {}
 
