@@ -61,6 +61,9 @@ def test_a_job_chooses_and_goes_on(verl_job, tmp_path, objective):
         assert 0 <= data["krpo/dead"] <= 1
     ends = [group for step in (7, 8, 9, 10) for group in found[step]]
     given = {kind: [count for teaches, count in ends if teaches == kind] for kind in (True, False)}
-    assert len(given[True]) > len(ends) / 3  # of the data a third
     assert sum(given[True]) / len(given[True]) > 4 > sum(given[False]) / len(given[False])
-    assert metrics[10]["krpo/candidates_new"] < 0.5 and metrics[10]["krpo/rollouts_saved"] > 0
+    if objective == "signal":
+        assert len(given[True]) > len(ends) / 3  # of the data a third
+        assert metrics[10]["krpo/rollouts_saved"] > 0
+    else:
+        assert all(1 <= data["krpo/effective_prompts"] <= 8 for data in metrics.values())
