@@ -63,7 +63,7 @@ def test_a_job_chooses_and_goes_on(verl_job, tmp_path, objective):
     given = {kind: [count for teaches, count in ends if teaches == kind] for kind in (True, False)}
     assert sum(given[True]) / len(given[True]) > 4 > sum(given[False]) / len(given[False])
     if objective == "signal":
-        assert len(given[True]) > len(ends) / 3  # of the data a third
+        assert len(given[True]) > len(ends) / 3  # of all sums a third
         assert metrics[10]["krpo/rollouts_saved"] > 0
     else:
         assert all(1 <= data["krpo/effective_prompts"] <= 8 for data in metrics.values())
