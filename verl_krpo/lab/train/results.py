@@ -28,7 +28,11 @@ FEWEST_SEEDS = 5  # seeds that a bootstrap needs
 
 
 def by_condition(rows: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
-    """condition -> method -> seed -> line of the CSV, its curve as an array."""
+    """condition -> method -> seed -> line of the CSV, its curve as an array.
+
+    Runs of a seed are paired: ValueError where they begin with different models. Seeds may have different ones, since
+    a warm start differs from machine to machine.
+    """
     runs: dict = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         line = row | {"curve": np.array(row["curve"].split(), dtype=float)}
@@ -37,11 +41,13 @@ def by_condition(rows: list[dict]) -> dict[str, dict[str, dict[int, dict]]]:
             raise ValueError(f"{row['condition']}, {row['method']}, seed {row['seed']} is in the CSV twice")
         seeds[int(row["seed"])] = line
     for condition, methods in runs.items():
-        starts = {line["curve"][0] for seeds in methods.values() for line in seeds.values()}
-        if len(starts) > 1:
-            raise ValueError(
-                f"{condition}: runs of several models, which begin at {', '.join(map(str, sorted(starts)))}"
-            )
+        for seed in {seed for seeds in methods.values() for seed in seeds}:
+            starts = {seeds[seed]["curve"][0] for seeds in methods.values() if seed in seeds}
+            if len(starts) > 1:
+                raise ValueError(
+                    f"{condition}, seed {seed}: runs of several models, which begin at "
+                    f"{', '.join(map(str, sorted(starts)))}: runs of one seed are to be made on one machine"
+                )
     return runs
 
 
