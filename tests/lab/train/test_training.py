@@ -302,7 +302,8 @@ def test_the_summary_by_hand():
         results.summary(rloo + rloo)
     with pytest.raises(ValueError, match="several models"):
         results.summary(rloo + curve_rows("grpo", [[0.1, 0.2, 0.3, 0.4, 0.5]]))
-    elsewhere = [row | {"seed": "7"} for name in ("rloo", "grpo") for row in curve_rows(name, [[0.1, 0.2, 0.2, 0.2, 0.2]])]
+    other_start = curve_rows("rloo", [[0.1, 0.2, 0.2, 0.2, 0.2]]) + curve_rows("grpo", [[0.1, 0.2, 0.2, 0.2, 0.2]])
+    elsewhere = [row | {"seed": "7"} for row in other_start]
     assert next(line for line in results.summary(rloo + grpo + elsewhere) if line["method"] == "grpo")["seeds"] == 3
     with pytest.raises(ValueError, match="none of rloo, batch_mean"):
         results.summary(slow)
