@@ -3,8 +3,9 @@
     rates    every method on every task at each of RATES on a seed of its own; it keeps the rate that scores highest
     table    the same on SEEDS other seeds at that rate, paired
 
-A run's score is the part that it has learned of what there was to learn, (end - start) / (1 - start), where end and
-start are accuracies of the held-out questions. Over tasks and seeds, as rliable defines them (arXiv 2108.13264):
+A run's score is the part that it has learned of what there was to learn, (end - start) / (1 - start), of accuracies of
+the held-out questions. The end is the mean of the last LAST looks, since one of them fluctuates. Over tasks and seeds,
+as rliable defines them (arXiv 2108.13264):
 
     IQM       mean of the middle half of all scores
     P(X > Y)  probability that a run of X scores higher than one of Y, of the same task, other seeds among them;
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from verl_krpo.lab.train import study
+from verl_krpo.lab.train import results, study
 from verl_krpo.lab.train.conditions import COMPARED, CONDITIONS, RATES, at_rate
 from verl_krpo.report import intervals, tables
 
@@ -30,6 +31,7 @@ OF_RECURRING = ("spo", "dbb", "krpo_memory", "krpo_memory_score")
 REFERENCE = "rloo"
 RATE_SEED = 100
 SEEDS = 10
+LAST = 5  # looks, a quarter of the run
 RESAMPLES = 2000
 Rates = dict[tuple[str, str], float]  # (task, method) -> learning rate
 MEASURES = {"curve": "accuracy", "greedy": "greedy", "pass8": "pass@8"}
@@ -58,11 +60,15 @@ def for_table(rates: Rates) -> list[study.Task]:
     ]
 
 
+def end(curve: str) -> float:
+    """Mean of the last LAST values of a curve."""
+    return float(np.mean([float(value) for value in curve.split()[-LAST:]]))
+
+
 def score(curve: str) -> float:
     """The part learned of what there was to learn, of the values of a curve."""
-    values = curve.split()
-    start, end = float(values[0]), float(values[-1])
-    return (end - start) / (1 - start)
+    start = float(curve.split()[0])
+    return (end(curve) - start) / (1 - start)
 
 
 def best_rates(rows: list[dict]) -> Rates:
@@ -80,19 +86,22 @@ def _task(row: dict) -> str:
 
 
 def of_table(rows: list[dict], rates: Rates) -> list[dict]:
-    """The lines of the table's runs, their conditions without the rate."""
-    named = [row | {"condition": _task(row)} for row in rows if int(row["seed"]) < SEEDS]
+    """The lines of the seeds that all tasks and methods have, their conditions without the rate."""
+    wanted = for_table(rates)
+    lacking = {task.seed for task in study.lacking(wanted, rows)}
+    seeds = {task.seed for task in wanted} - lacking
+    if not seeds:
+        raise ValueError("no seed has all its runs yet: let the study go on")
+    named = [row | {"condition": _task(row)} for row in rows if int(row["seed"]) in seeds]
     return [row for row in named if float(row["learning_rate"]) == rates[row["condition"], row["method"]]]
 
 
 def matrix(rows: list[dict], method: str, measure: str = "curve") -> np.ndarray:
-    """Scores (tasks, seeds) of a method; ValueError where a task has fewer seeds than another."""
+    """Scores (tasks, seeds) of a method."""
     scores: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["method"] == method:
             scores.setdefault(row["condition"], {})[int(row["seed"])] = score(row[measure])
-    if len({len(seeds) for seeds in scores.values()}) > 1:
-        raise ValueError(f"{method} has not as many seeds in every task: run the study to its end")
     return np.array([list(seeds.values()) for seeds in scores.values()])
 
 
@@ -126,11 +135,11 @@ def overall(rows: list[dict]) -> list[dict]:
     """One line a method, over all tasks."""
     reference, lines = matrix(rows, REFERENCE), []
     for method in METHODS:
-        line: dict = {"method": method}
+        line: dict = {"method": method, "seeds": reference.shape[1]}
         for measure, name in MEASURES.items():
             line |= _columns(name, interquartile_mean(matrix(rows, method, measure)))
         line |= _columns("better", probability_of_improvement(matrix(rows, method), reference))
-        ends = [float(row["entropy"].split()[-1]) for row in rows if row["method"] == method]
+        ends = [end(row["entropy"]) for row in rows if row["method"] == method]
         lines.append(line | {"entropy": float(np.mean(ends))})
     return sorted(lines, key=lambda line: -line["accuracy"])
 
@@ -143,31 +152,46 @@ def overall_table(lines: list[dict]) -> str:
     def cell(line: dict, name: str) -> str:
         return f"{line[name]:.3f} ({line[f'{name}_low']:.3f} to {line[f'{name}_high']:.3f})"
 
-    header = ["method", *(f"{name}, IQM" for name in MEASURES.values()), "P(better than RLOO)"]
+    header = ["method", "seeds", *(f"{name}, IQM" for name in MEASURES.values()), "P(better than RLOO)"]
     return tables.table(
         [*header, "entropy"],
         [
-            [line["method"], *(cell(line, name) for name in (*MEASURES.values(), "better"))]
+            [line["method"], str(line["seeds"]), *(cell(line, name) for name in (*MEASURES.values(), "better"))]
             + [f"{line['entropy']:.3f}"]
             for line in lines
         ],
     )
 
 
-def task_table(summary: list[dict], conditions: Iterable[str], shown: tuple[str, ...]) -> str:
+def by_task(rows: list[dict]) -> list[dict]:
+    """One line a task and method: accuracy at the end, and the paired difference to RLOO's, with half its interval."""
+    ends: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        ends.setdefault(row["condition"], {}).setdefault(row["method"], {})[int(row["seed"])] = end(row["curve"])
+    lines = []
+    for task, found in ends.items():
+        reference = np.array([found[REFERENCE][seed] for seed in sorted(found[REFERENCE])])
+        for method, seeds in found.items():
+            own = np.array([seeds[seed] for seed in sorted(seeds)])
+            difference, half = intervals.mean_and_half(own - reference)
+            line = {"task": task, "method": method, "seeds": len(own), "accuracy": float(own.mean())}
+            lines.append(line | {"difference": difference, "half": half})
+    return lines
+
+
+def task_table(lines: list[dict], tasks: Iterable[str], shown: tuple[str, ...]) -> str:
     """RLOO's accuracy at the end, and the paired differences to it, a line a task."""
-    found = {(line["condition"], line["method"]): line for line in summary}
+    found = {(line["task"], line["method"]): line for line in lines}
 
     def cell(task: str, method: str) -> str:
-        line = found[task, method]
-        return f"{line['difference']:+.3f} ± {line['difference_half']:.3f}"
+        return "{difference:+.3f} ± {half:.3f}".format(**found[task, method])
 
     others = [method for method in shown if method != REFERENCE]
-    lines = [
+    cells = [
         [task, f"{found[task, REFERENCE]['accuracy']:.3f}", *(cell(task, method) for method in others)]
-        for task in conditions
+        for task in tasks
     ]
-    return tables.table(["task", "RLOO", *others], lines)
+    return tables.table(["task", "RLOO", *others], cells)
 
 
 def rate_table(rates: Rates) -> str:
@@ -175,18 +199,18 @@ def rate_table(rates: Rates) -> str:
     return tables.table(["task", *METHODS], lines)
 
 
-def agreement(summary: list[dict], gradients: Path) -> str:
+def agreement(by_training: list[dict], gradients: Path) -> str:
     """Spearman's correlation over the methods, a line a task: snr of the gradient halfway, and accuracy at the end."""
     lines = []
     for task in COMPARED:
         path = gradients / f"{task}_{CONDITIONS[task].steps // 2}.csv"
         with path.open(newline="") as file:
             snr = {row["method"]: float(row["snr"]) for row in csv.DictReader(file)}
-        ends = {line["method"]: line["difference"] for line in summary if line["condition"] == task}
+        ends = {line["method"]: line["difference"] for line in by_training if line["task"] == task}
         both = [method for method in METHODS if method in snr and method in ends]
-        by_snr, by_training = (sorted(both, key=lambda method: -of[method]) for of in (snr, ends))
+        first_by_snr, first_by_training = (sorted(both, key=lambda method: -of[method]) for of in (snr, ends))
         rank = stats.spearmanr([snr[m] for m in both], [ends[m] for m in both])
-        lines.append([task, f"{rank.statistic:+.2f}", ", ".join(by_snr[:3]), ", ".join(by_training[:3])])
+        lines.append([task, f"{rank.statistic:+.2f}", ", ".join(first_by_snr[:3]), ", ".join(first_by_training[:3])])
     return tables.table(["task", "rank correlation", "first three by snr", "by training"], lines)
 
 
@@ -205,18 +229,19 @@ def show(out: Path, gradients: Path | None) -> str:
     rows = study.finished(out / "runs.csv")
     rates = best_rates(rows)
     rows = of_table(rows, rates)
-    summary = study.write(out, rows)
-    lines = overall(rows)
+    lines, tasks = overall(rows), by_task(rows)
+    results.draw_curves(rows, out / "curves")
     tables.write_csv(out / "overall.csv", lines)
-    recurring = tuple(task for task in COMPARED if CONDITIONS[task].pool)
+    tables.write_csv(out / "tasks.csv", tasks)
+    recurring = [task for task in COMPARED if CONDITIONS[task].pool]
     texts = {
         "overall": overall_table(lines),
-        "tasks": task_table(summary, COMPARED, METHODS),
-        "recurring": task_table(summary, recurring, (REFERENCE, *OF_RECURRING)),
+        "tasks": task_table(tasks, COMPARED, METHODS),
+        "recurring": task_table(tasks, recurring, (REFERENCE, *OF_RECURRING)),
         "rates": rate_table(rates),
     }
     if gradients:
-        texts["agreement"] = agreement(summary, gradients)
+        texts["agreement"] = agreement(tasks, gradients)
     for name, text in texts.items():
         (out / f"{name}.md").write_text(text + "\n")
     return "\n\n".join(texts.values())
