@@ -48,6 +48,10 @@ def invented(condition, method, seed):
     return row | {"curve": f"0.2 0.3{5 * f' {end}'}", "greedy": f"0.2 {end}", "pass8": "0.2 0.9", "entropy": "0.5 0.4"}
 
 
+def cells_of(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def test_each_method_is_compared_at_its_best_rate(monkeypatch, tmp_path):
     monkeypatch.setattr("rich.progress.Progress.console", Console(file=io.StringIO()), raising=False)
     ran = []
@@ -71,8 +75,13 @@ def test_each_method_is_compared_at_its_best_rate(monkeypatch, tmp_path):
     assert {t.condition for t in ran if t.method == "krpo" and t.seed == 3 and "learn_lr" in t.condition} == {
         f"learn_lr_{RATES[1]:g}"
     }
-    overall, tasks, recurring, rates, agreement = text.split("\n\n")
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in overall.splitlines()[2:]]
+    overall, tasks, duels, recurring, rates, agreement = text.split("\n\n")
+    by_pair = {tuple(cells[:2]): cells[2:] for cells in map(cells_of, duels.splitlines()[2:])}
+    count = str(len(COMPARED))
+    assert by_pair["krpo_adaptive", "jspo"][::4] == ["+0.000 (+0.000 to +0.000)", "0"]
+    assert by_pair["krpo_adaptive_score", "none"][0] == "-0.025 (-0.025 to -0.025)"  # of 0.8 to learn 0.02
+    assert by_pair["krpo_adaptive_score", "none"][2:] == [count, "0", count]
+    lines = [cells_of(line) for line in overall.splitlines()[2:]]
     assert lines[0][0] == "none" and lines[1][-2].startswith("0.500")
     of_learn = next(line for line in rates.splitlines() if line.startswith("| learn "))
     assert of_learn.count(f"{RATES[0]:g}") == 9 and of_learn.count(f"{RATES[1]:g}") == 1

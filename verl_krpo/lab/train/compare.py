@@ -29,6 +29,17 @@ from verl_krpo.report import intervals, tables
 METHODS = ("rloo", "none", "batch_mean", "grpo", "opo", "otb", "jspo", "krpo", "krpo_adaptive", "krpo_adaptive_score")
 OF_RECURRING = ("spo", "dbb", "krpo_memory", "krpo_memory_score")
 REFERENCE = "rloo"
+DUELS = (
+    ("krpo_adaptive", "batch_mean"),
+    ("krpo_adaptive", "jspo"),
+    ("krpo_adaptive_score", "krpo_adaptive"),
+    ("krpo_adaptive_score", "none"),
+    ("krpo_adaptive_score", "otb"),
+    ("krpo", "grpo"),
+    ("krpo_memory", "krpo_adaptive"),
+    ("krpo_memory_score", "krpo_adaptive_score"),
+    ("krpo_memory", "spo"),
+)
 RATE_SEED = 100
 SEEDS = 10
 LAST = 5  # looks, a quarter of the run
@@ -194,6 +205,43 @@ def task_table(lines: list[dict], tasks: Iterable[str], shown: tuple[str, ...]) 
     return tables.table(["task", "RLOO", *others], cells)
 
 
+def duels(rows: list[dict]) -> list[dict]:
+    """One line of each of DUELS, over the tasks that both were run on.
+
+    difference: mean of the paired differences of scores over tasks and seeds; better: P(first > second); ahead, behind:
+    in so many tasks the 95 % interval of the paired difference lies above 0, below 0.
+    """
+    lines = []
+    for first, second in DUELS:
+        tasks = {row["condition"] for row in rows if row["method"] == first}
+        shared = [row for row in rows if row["condition"] in tasks]
+        own, other = matrix(shared, first), matrix(shared, second)
+        drawn = _resampled(own - other, np.random.default_rng(0)).mean((1, 2))
+        line = {"first": first, "second": second, "tasks": len(own)}
+        line |= _columns("difference", intervals.Measured(float((own - other).mean()), *intervals.middle(drawn)))
+        line |= _columns("better", probability_of_improvement(own, other))
+        by_task = [intervals.mean_and_half(task) for task in own - other]
+        line["ahead"] = sum(mean - half > 0 for mean, half in by_task)
+        line["behind"] = sum(mean + half < 0 for mean, half in by_task)
+        lines.append(line)
+    return lines
+
+
+def duel_table(lines: list[dict]) -> str:
+    def cell(line: dict, name: str, form: str) -> str:
+        value, low, high = (format(line[key], form) for key in (name, f"{name}_low", f"{name}_high"))
+        return f"{value} ({low} to {high})"
+
+    return tables.table(
+        ["first", "second", "score, first less second", "P(first better)", "tasks", "ahead", "behind"],
+        [
+            [line["first"], line["second"], cell(line, "difference", "+.3f"), cell(line, "better", ".3f")]
+            + [str(line[key]) for key in ("tasks", "ahead", "behind")]
+            for line in lines
+        ],
+    )
+
+
 def rate_table(rates: Rates) -> str:
     lines = [[task, *(f"{rates[task, method]:g}" for method in METHODS)] for task in COMPARED]
     return tables.table(["task", *METHODS], lines)
@@ -229,14 +277,16 @@ def show(out: Path, gradients: Path | None) -> str:
     rows = study.finished(out / "runs.csv")
     rates = best_rates(rows)
     rows = of_table(rows, rates)
-    lines, tasks = overall(rows), by_task(rows)
+    lines, tasks, found = overall(rows), by_task(rows), duels(rows)
     results.draw_curves(rows, out / "curves")
     tables.write_csv(out / "overall.csv", lines)
     tables.write_csv(out / "tasks.csv", tasks)
+    tables.write_csv(out / "duels.csv", found)
     recurring = [task for task in COMPARED if CONDITIONS[task].pool]
     texts = {
         "overall": overall_table(lines),
         "tasks": task_table(tasks, COMPARED, METHODS),
+        "duels": duel_table(found),
         "recurring": task_table(tasks, recurring, (REFERENCE, *OF_RECURRING)),
         "rates": rate_table(rates),
     }
