@@ -164,11 +164,16 @@ def choice(
     first_seed: int = 0,
     models: Models = MODELS,
     jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    record: Annotated[
+        Path | None, typer.Option(help="A folder for the rewards of every visit: what study forecast reads.")
+    ] = None,
     measure: Annotated[
         str, typer.Option(help="Accuracy of what is compared: curve (the pool) or transfer (prompts outside of it).")
     ] = "curve",
 ) -> None:
     """Which prompts a step rolls out, and how many responses each gets: every way at equal rollouts (an hour)."""
+    import functools
+
     from verl_krpo.lab.train import choose, study
     from verl_krpo.lab.train.tasks import TASKS
 
@@ -177,7 +182,12 @@ def choice(
     tasks = study.tasks(choose.CONDITIONS, conditions.split(","), choose.METHODS, names, chosen)
     task = TASKS[choose.TASK]
     study.complete(
-        out / "runs.csv", choose.run, tasks, models, lambda condition: task.build(models / task.folder), jobs
+        out / "runs.csv",
+        functools.partial(choose.run, record=record),
+        tasks,
+        models,
+        lambda condition: task.build(models / task.folder),
+        jobs,
     )
     print(study.show(out / "runs.csv", "uniform_memory", measure))
 

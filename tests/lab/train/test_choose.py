@@ -1,5 +1,6 @@
 """Choosing prompts in the laboratory: what is taken, what it weighs, equal rollouts, and RLOO of uneven groups."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -77,7 +78,7 @@ def test_responses_belong_to_their_prompts_however_many_each_has(models):
 
 
 @pytest.mark.parametrize("method", ["uniform_rloo", "dapo_memory", "both_memory_score"])
-def test_a_run_takes_its_rollouts_and_repeats_itself(models, monkeypatch, method):
+def test_a_run_takes_its_rollouts_and_repeats_itself(models, monkeypatch, tmp_path, method):
     for name, value in (("STEPS", 4), ("EVERY", 1), ("POOL", 64), ("PROMPTS", 4), ("ROUNDS", 2)):
         monkeypatch.setattr(choose, name, value)
     first = loop.start(models, "mixed")
@@ -87,5 +88,9 @@ def test_a_run_takes_its_rollouts_and_repeats_itself(models, monkeypatch, method
     looks, per_step = row["curve"].split(), 4 * choose.SIZE
     assert len(looks) == len(row["transfer"].split()) == 5 and row["rollouts"] == per_step
     assert row["steps"] == 4 if method != "dapo_memory" else row["steps"] <= 4
-    again = choose.run(models, "dead_30", method, 0)
+    again = choose.run(models, "dead_30", method, 0, tmp_path / "visits")
     assert {**row, "seconds": 0} == {**again, "seconds": 0}
+    (log,) = (tmp_path / "visits").iterdir()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["step"] for line in lines} == set(range(1, row["steps"] + 1))
+    assert method == "dapo_memory" or sum(len(line["rewards"]) for line in lines) == 4 * per_step

@@ -16,8 +16,8 @@ RESULTS = Path(__file__).parents[3] / "docs" / "results"
 
 
 def test_a_score_is_the_part_learned_of_what_there_was_to_learn():
-    assert compare.score("0.2 0.9 0.6") == pytest.approx(0.5)
-    assert compare.score("0.2 0.1") == pytest.approx(-0.125)
+    assert compare.score("0.2 0.9 0.5 0.6 0.6 0.7 0.6") == pytest.approx(0.5)  # the last five: 0.6
+    assert compare.score("0.2 0.1 0.1 0.1 0.1 0.1") == pytest.approx(-0.125)
 
 
 def test_measures_over_tasks_and_seeds():
@@ -45,7 +45,11 @@ def invented(condition, method, seed):
     best = RATES[1] if method == "krpo" and task == "learn" else RATES[0]
     end = 0.5 + seed / 1000 + (rate == best) * 0.1 + (method == "none") * 0.02
     row = {"condition": condition, "method": method, "seed": seed, "learning_rate": rate, "rollouts": 640}
-    return row | {"curve": f"0.2 0.3 {end}", "greedy": f"0.2 {end}", "pass8": "0.2 0.9", "entropy": "0.5 0.4"}
+    return row | {"curve": f"0.2 0.3{5 * f' {end}'}", "greedy": f"0.2 {end}", "pass8": "0.2 0.9", "entropy": "0.5 0.4"}
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 def test_each_method_is_compared_at_its_best_rate(monkeypatch, tmp_path):
@@ -71,8 +75,13 @@ def test_each_method_is_compared_at_its_best_rate(monkeypatch, tmp_path):
     assert {t.condition for t in ran if t.method == "krpo" and t.seed == 3 and "learn_lr" in t.condition} == {
         f"learn_lr_{RATES[1]:g}"
     }
-    overall, tasks, recurring, rates, agreement = text.split("\n\n")
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in overall.splitlines()[2:]]
+    overall, tasks, duels, recurring, rates, agreement = text.split("\n\n")
+    by_pair = {tuple(cells[:2]): cells[2:] for cells in map(cells_of, duels.splitlines()[2:])}
+    count = str(len(COMPARED))
+    assert by_pair["krpo_adaptive", "jspo"][::4] == ["+0.000 (+0.000 to +0.000)", "0"]
+    assert by_pair["krpo_adaptive_score", "none"][0] == "-0.025 (-0.025 to -0.025)"  # of 0.8 to learn 0.02
+    assert by_pair["krpo_adaptive_score", "none"][2:] == [count, "0", count]
+    lines = [cells_of(line) for line in overall.splitlines()[2:]]
     assert lines[0][0] == "none" and lines[1][-2].startswith("0.500")
     of_learn = next(line for line in rates.splitlines() if line.startswith("| learn "))
     assert of_learn.count(f"{RATES[0]:g}") == 9 and of_learn.count(f"{RATES[1]:g}") == 1
@@ -83,11 +92,13 @@ def test_each_method_is_compared_at_its_best_rate(monkeypatch, tmp_path):
     assert len(ran) == again
 
 
-def test_a_study_that_is_not_ended_is_not_shown_as_one(tmp_path):
+def test_a_study_that_is_not_ended_shows_the_seeds_that_are():
     rates = {(task, method): RATES[0] for task in COMPARED for method in compare.METHODS + compare.OF_RECURRING}
     rows = [invented(*task) for task in compare.for_table(rates)][:-1]
-    with pytest.raises(ValueError, match="not as many seeds"):
-        compare.overall(compare.of_table(rows, rates))
+    lines = compare.overall(compare.of_table(rows, rates))
+    assert {line["seeds"] for line in lines} == {compare.SEEDS - 1}
+    with pytest.raises(ValueError, match="no seed has all its runs"):
+        compare.of_table(rows[:5], rates)
 
 
 @pytest.mark.skipif(not (RESULTS / "compare").exists(), reason="not measured")

@@ -35,6 +35,7 @@ from verl_krpo.advantage.memory import PromptMemory, krpo_memory
 from verl_krpo.advantage.weights import score_weights
 from verl_krpo.lab.train import loop, losses
 from verl_krpo.lab.train.tasks import Problem, mixed
+from verl_krpo.replay import rollouts as visits
 from verl_krpo.replay.trackers import TRACKERS
 
 TASK = "mixed"
@@ -163,10 +164,17 @@ def rloo(rewards: Tensor, owner: np.ndarray) -> Tensor:
     return torch.where(size > 1, (size * rewards - total) / (size - 1).clamp(min=1), 0.0)
 
 
-def run(models: Path, condition: str, method: str, seed: int) -> dict:
-    """Train under a choice and an estimator; the run's line of the CSV."""
+def run(models: Path, condition: str, method: str, seed: int, record: Path | None = None) -> dict:
+    """Train under a choice and an estimator; the run's line of the CSV.
+
+    record: a folder, for the rewards of every visit as lines that `study forecast` reads, a new file a run.
+    """
     began = time.perf_counter()
     way, estimator = METHODS[method]
+    log = record / f"{condition}_{method}_seed{seed}.jsonl" if record else None
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_bytes(b"")
     first, rng = loop.start(models, TASK), random.Random(seed)
     pool = mixed(rng, POOL, operations=CONDITIONS[condition])
     outside = mixed(random.Random(0), 2 * loop.HELD_OUT, True, CONDITIONS[condition])
@@ -188,6 +196,8 @@ def run(models: Path, condition: str, method: str, seed: int) -> dict:
             asked = decide(way, candidates, memory, trackers, step, np.random.default_rng([seed, step]))
             rolled, took = roll(first, model, pool, asked, generator), PROMPTS * SIZE
         rollouts += took
+        if log:
+            visits.record(log, step, rolled.places[rolled.owner], rolled.rewards.tolist())
         advantage, memory = _advantages(estimator, rolled, memory, step)
         for tracker in trackers.values():
             tracker.update(rolled.places, step, rolled.right, rolled.counts)

@@ -3,8 +3,9 @@
     rates    every method on every task at each of RATES on a seed of its own; it keeps the rate that scores highest
     table    the same on SEEDS other seeds at that rate, paired
 
-A run's score is the part that it has learned of what there was to learn, (end - start) / (1 - start), where end and
-start are accuracies of the held-out questions. Over tasks and seeds, as rliable defines them (arXiv 2108.13264):
+A run's score is the part that it has learned of what there was to learn, (end - start) / (1 - start), of accuracies of
+the held-out questions. The end is the mean of the last LAST looks, since one of them fluctuates. Over tasks and seeds,
+as rliable defines them (arXiv 2108.13264):
 
     IQM       mean of the middle half of all scores
     P(X > Y)  probability that a run of X scores higher than one of Y, of the same task, other seeds among them;
@@ -21,15 +22,27 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from verl_krpo.lab.train import study
+from verl_krpo.lab.train import results, study
 from verl_krpo.lab.train.conditions import COMPARED, CONDITIONS, RATES, at_rate
 from verl_krpo.report import intervals, tables
 
 METHODS = ("rloo", "none", "batch_mean", "grpo", "opo", "otb", "jspo", "krpo", "krpo_adaptive", "krpo_adaptive_score")
 OF_RECURRING = ("spo", "dbb", "krpo_memory", "krpo_memory_score")
 REFERENCE = "rloo"
+DUELS = (
+    ("krpo_adaptive", "batch_mean"),
+    ("krpo_adaptive", "jspo"),
+    ("krpo_adaptive_score", "krpo_adaptive"),
+    ("krpo_adaptive_score", "none"),
+    ("krpo_adaptive_score", "otb"),
+    ("krpo", "grpo"),
+    ("krpo_memory", "krpo_adaptive"),
+    ("krpo_memory_score", "krpo_adaptive_score"),
+    ("krpo_memory", "spo"),
+)
 RATE_SEED = 100
 SEEDS = 10
+LAST = 5  # looks, a quarter of the run
 RESAMPLES = 2000
 Rates = dict[tuple[str, str], float]  # (task, method) -> learning rate
 MEASURES = {"curve": "accuracy", "greedy": "greedy", "pass8": "pass@8"}
@@ -58,11 +71,15 @@ def for_table(rates: Rates) -> list[study.Task]:
     ]
 
 
+def end(curve: str) -> float:
+    """Mean of the last LAST values of a curve."""
+    return float(np.mean([float(value) for value in curve.split()[-LAST:]]))
+
+
 def score(curve: str) -> float:
     """The part learned of what there was to learn, of the values of a curve."""
-    values = curve.split()
-    start, end = float(values[0]), float(values[-1])
-    return (end - start) / (1 - start)
+    start = float(curve.split()[0])
+    return (end(curve) - start) / (1 - start)
 
 
 def best_rates(rows: list[dict]) -> Rates:
@@ -80,19 +97,22 @@ def _task(row: dict) -> str:
 
 
 def of_table(rows: list[dict], rates: Rates) -> list[dict]:
-    """The lines of the table's runs, their conditions without the rate."""
-    named = [row | {"condition": _task(row)} for row in rows if int(row["seed"]) < SEEDS]
+    """The lines of the seeds that all tasks and methods have, their conditions without the rate."""
+    wanted = for_table(rates)
+    lacking = {task.seed for task in study.lacking(wanted, rows)}
+    seeds = {task.seed for task in wanted} - lacking
+    if not seeds:
+        raise ValueError("no seed has all its runs yet: let the study go on")
+    named = [row | {"condition": _task(row)} for row in rows if int(row["seed"]) in seeds]
     return [row for row in named if float(row["learning_rate"]) == rates[row["condition"], row["method"]]]
 
 
 def matrix(rows: list[dict], method: str, measure: str = "curve") -> np.ndarray:
-    """Scores (tasks, seeds) of a method; ValueError where a task has fewer seeds than another."""
+    """Scores (tasks, seeds) of a method."""
     scores: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["method"] == method:
             scores.setdefault(row["condition"], {})[int(row["seed"])] = score(row[measure])
-    if len({len(seeds) for seeds in scores.values()}) > 1:
-        raise ValueError(f"{method} has not as many seeds in every task: run the study to its end")
     return np.array([list(seeds.values()) for seeds in scores.values()])
 
 
@@ -126,11 +146,11 @@ def overall(rows: list[dict]) -> list[dict]:
     """One line a method, over all tasks."""
     reference, lines = matrix(rows, REFERENCE), []
     for method in METHODS:
-        line: dict = {"method": method}
+        line: dict = {"method": method, "seeds": reference.shape[1]}
         for measure, name in MEASURES.items():
             line |= _columns(name, interquartile_mean(matrix(rows, method, measure)))
         line |= _columns("better", probability_of_improvement(matrix(rows, method), reference))
-        ends = [float(row["entropy"].split()[-1]) for row in rows if row["method"] == method]
+        ends = [end(row["entropy"]) for row in rows if row["method"] == method]
         lines.append(line | {"entropy": float(np.mean(ends))})
     return sorted(lines, key=lambda line: -line["accuracy"])
 
@@ -143,31 +163,83 @@ def overall_table(lines: list[dict]) -> str:
     def cell(line: dict, name: str) -> str:
         return f"{line[name]:.3f} ({line[f'{name}_low']:.3f} to {line[f'{name}_high']:.3f})"
 
-    header = ["method", *(f"{name}, IQM" for name in MEASURES.values()), "P(better than RLOO)"]
+    header = ["method", "seeds", *(f"{name}, IQM" for name in MEASURES.values()), "P(better than RLOO)"]
     return tables.table(
         [*header, "entropy"],
         [
-            [line["method"], *(cell(line, name) for name in (*MEASURES.values(), "better"))]
+            [line["method"], str(line["seeds"]), *(cell(line, name) for name in (*MEASURES.values(), "better"))]
             + [f"{line['entropy']:.3f}"]
             for line in lines
         ],
     )
 
 
-def task_table(summary: list[dict], conditions: Iterable[str], shown: tuple[str, ...]) -> str:
+def by_task(rows: list[dict]) -> list[dict]:
+    """One line a task and method: accuracy at the end, and the paired difference to RLOO's, with half its interval."""
+    ends: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        ends.setdefault(row["condition"], {}).setdefault(row["method"], {})[int(row["seed"])] = end(row["curve"])
+    lines = []
+    for task, found in ends.items():
+        reference = np.array([found[REFERENCE][seed] for seed in sorted(found[REFERENCE])])
+        for method, seeds in found.items():
+            own = np.array([seeds[seed] for seed in sorted(seeds)])
+            difference, half = intervals.mean_and_half(own - reference)
+            line = {"task": task, "method": method, "seeds": len(own), "accuracy": float(own.mean())}
+            lines.append(line | {"difference": difference, "half": half})
+    return lines
+
+
+def task_table(lines: list[dict], tasks: Iterable[str], shown: tuple[str, ...]) -> str:
     """RLOO's accuracy at the end, and the paired differences to it, a line a task."""
-    found = {(line["condition"], line["method"]): line for line in summary}
+    found = {(line["task"], line["method"]): line for line in lines}
 
     def cell(task: str, method: str) -> str:
-        line = found[task, method]
-        return f"{line['difference']:+.3f} ± {line['difference_half']:.3f}"
+        return "{difference:+.3f} ± {half:.3f}".format(**found[task, method])
 
     others = [method for method in shown if method != REFERENCE]
-    lines = [
+    cells = [
         [task, f"{found[task, REFERENCE]['accuracy']:.3f}", *(cell(task, method) for method in others)]
-        for task in conditions
+        for task in tasks
     ]
-    return tables.table(["task", "RLOO", *others], lines)
+    return tables.table(["task", "RLOO", *others], cells)
+
+
+def duels(rows: list[dict]) -> list[dict]:
+    """One line of each of DUELS, over the tasks that both were run on.
+
+    difference: mean of the paired differences of scores over tasks and seeds; better: P(first > second); ahead, behind:
+    in so many tasks the 95 % interval of the paired difference lies above 0, below 0.
+    """
+    lines = []
+    for first, second in DUELS:
+        tasks = {row["condition"] for row in rows if row["method"] == first}
+        shared = [row for row in rows if row["condition"] in tasks]
+        own, other = matrix(shared, first), matrix(shared, second)
+        drawn = _resampled(own - other, np.random.default_rng(0)).mean((1, 2))
+        line = {"first": first, "second": second, "tasks": len(own)}
+        line |= _columns("difference", intervals.Measured(float((own - other).mean()), *intervals.middle(drawn)))
+        line |= _columns("better", probability_of_improvement(own, other))
+        by_task = [intervals.mean_and_half(task) for task in own - other]
+        line["ahead"] = sum(mean - half > 0 for mean, half in by_task)
+        line["behind"] = sum(mean + half < 0 for mean, half in by_task)
+        lines.append(line)
+    return lines
+
+
+def duel_table(lines: list[dict]) -> str:
+    def cell(line: dict, name: str, form: str) -> str:
+        value, low, high = (format(line[key], form) for key in (name, f"{name}_low", f"{name}_high"))
+        return f"{value} ({low} to {high})"
+
+    return tables.table(
+        ["first", "second", "score, first less second", "P(first better)", "tasks", "ahead", "behind"],
+        [
+            [line["first"], line["second"], cell(line, "difference", "+.3f"), cell(line, "better", ".3f")]
+            + [str(line[key]) for key in ("tasks", "ahead", "behind")]
+            for line in lines
+        ],
+    )
 
 
 def rate_table(rates: Rates) -> str:
@@ -175,18 +247,18 @@ def rate_table(rates: Rates) -> str:
     return tables.table(["task", *METHODS], lines)
 
 
-def agreement(summary: list[dict], gradients: Path) -> str:
+def agreement(by_training: list[dict], gradients: Path) -> str:
     """Spearman's correlation over the methods, a line a task: snr of the gradient halfway, and accuracy at the end."""
     lines = []
     for task in COMPARED:
         path = gradients / f"{task}_{CONDITIONS[task].steps // 2}.csv"
         with path.open(newline="") as file:
             snr = {row["method"]: float(row["snr"]) for row in csv.DictReader(file)}
-        ends = {line["method"]: line["difference"] for line in summary if line["condition"] == task}
+        ends = {line["method"]: line["difference"] for line in by_training if line["task"] == task}
         both = [method for method in METHODS if method in snr and method in ends]
-        by_snr, by_training = (sorted(both, key=lambda method: -of[method]) for of in (snr, ends))
+        first_by_snr, first_by_training = (sorted(both, key=lambda method: -of[method]) for of in (snr, ends))
         rank = stats.spearmanr([snr[m] for m in both], [ends[m] for m in both])
-        lines.append([task, f"{rank.statistic:+.2f}", ", ".join(by_snr[:3]), ", ".join(by_training[:3])])
+        lines.append([task, f"{rank.statistic:+.2f}", ", ".join(first_by_snr[:3]), ", ".join(first_by_training[:3])])
     return tables.table(["task", "rank correlation", "first three by snr", "by training"], lines)
 
 
@@ -205,18 +277,21 @@ def show(out: Path, gradients: Path | None) -> str:
     rows = study.finished(out / "runs.csv")
     rates = best_rates(rows)
     rows = of_table(rows, rates)
-    summary = study.write(out, rows)
-    lines = overall(rows)
+    lines, tasks, found = overall(rows), by_task(rows), duels(rows)
+    results.draw_curves(rows, out / "curves")
     tables.write_csv(out / "overall.csv", lines)
-    recurring = tuple(task for task in COMPARED if CONDITIONS[task].pool)
+    tables.write_csv(out / "tasks.csv", tasks)
+    tables.write_csv(out / "duels.csv", found)
+    recurring = [task for task in COMPARED if CONDITIONS[task].pool]
     texts = {
         "overall": overall_table(lines),
-        "tasks": task_table(summary, COMPARED, METHODS),
-        "recurring": task_table(summary, recurring, (REFERENCE, *OF_RECURRING)),
+        "tasks": task_table(tasks, COMPARED, METHODS),
+        "duels": duel_table(found),
+        "recurring": task_table(tasks, recurring, (REFERENCE, *OF_RECURRING)),
         "rates": rate_table(rates),
     }
     if gradients:
-        texts["agreement"] = agreement(summary, gradients)
+        texts["agreement"] = agreement(tasks, gradients)
     for name, text in texts.items():
         (out / f"{name}.md").write_text(text + "\n")
     return "\n\n".join(texts.values())

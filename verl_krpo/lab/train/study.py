@@ -26,7 +26,12 @@ def finished(path: Path) -> list[dict[str, str]]:
 
 def missing(tasks: Iterable[Task], path: Path) -> list[Task]:
     """The tasks whose run is not in the CSV."""
-    done = {(row["condition"], row["method"], int(row["seed"])) for row in finished(path)}
+    return lacking(tasks, finished(path))
+
+
+def lacking(tasks: Iterable[Task], rows: Iterable[dict]) -> list[Task]:
+    """The tasks whose run is not among these lines."""
+    done = {(row["condition"], row["method"], int(row["seed"])) for row in rows}
     return [task for task in tasks if task not in done]
 
 
