@@ -174,12 +174,9 @@ def _ratio(own: np.ndarray, other: np.ndarray) -> np.ndarray:
 def show(path: Path) -> str:
     """What a CSV of runs says of accuracy, as study.show does, and of the gradient's variance; writes both."""
     table, lines = study.show(path, "krpo_adaptive"), variances(study.finished(path))
-    text = tables.markdown(
-        [
-            {key: line[key] for key in ("condition", "method", "seeds")}
-            | {"variance over RLOO's": tables.interval(line, "variance_to_rloo", 2)}
-            for line in lines
-        ]
-    )
+    for shown in lines:
+        value, low, high = (shown.pop(f"variance_to_rloo{end}") for end in ("", "_low", "_high"))
+        shown["variance over RLOO's"] = f"{value:.2f}" + ("" if np.isnan(low) else f" ({low:.2f} to {high:.2f})")
+    text = tables.markdown(lines)
     (path.parent / "variance.md").write_text(text + "\n")
     return f"{table}\n\n{text}"
