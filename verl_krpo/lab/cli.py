@@ -98,6 +98,30 @@ def training(
 
 
 @study.command()
+def pretrained(
+    folder: Annotated[Path, typer.Option(help="What scripts/pretrained_cpu.py made: a model, and tasks beside it.")],
+    out: Out,
+    conditions: Annotated[str, typer.Option(help="Names from lab/train/pretrained.py.")] = "long_sums,long_products",
+    methods: Annotated[
+        str, typer.Option(help="Names from lab/train/methods.py.")
+    ] = "rloo,none,krpo_adaptive,krpo_adaptive_score",
+    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 5,
+    first_seed: int = 0,
+    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+) -> None:
+    """Train the last layers of a pretrained model under every method, on paired seeds, and measure their gradients."""
+    from verl_krpo.lab.train import pretrained, study
+    from verl_krpo.lab.train.methods import METHODS
+
+    chosen = range(first_seed, first_seed + seeds)
+    tasks = study.tasks(pretrained.CONDITIONS, conditions.split(","), METHODS, methods.split(","), chosen)
+    study.complete(
+        out / "runs.csv", pretrained.run, tasks, folder, lambda condition: pretrained.prepare(folder / condition), jobs
+    )
+    print(pretrained.show(out / "runs.csv"))
+
+
+@study.command()
 def compare(
     out: Out = Path("docs/results/compare"),
     models: Models = MODELS,
@@ -191,7 +215,8 @@ def gradient(
         str, typer.Option(help="Names from lab/train/conditions.py.")
     ] = "pairs,eights,learn_pairs,learn_eights",
     pretrained: Annotated[
-        Path | None, typer.Option(help="A folder that scripts/pretrained_cpu.py made, in the place of conditions.")
+        Path | None,
+        typer.Option(help="A task's folder that scripts/pretrained_cpu.py made, in the place of conditions."),
     ] = None,
     batches: Annotated[int, typer.Option(help="For each model; 0.3 MB on disk each and method.")] = 100,
     models: Models = MODELS,
@@ -201,9 +226,10 @@ def gradient(
 ) -> None:
     """Signal and variance of real policy gradients, of tiny models in training or of a pretrained one."""
     from verl_krpo.lab.train import gradient
+    from verl_krpo.lab.train.pretrained import subject
 
     if pretrained:
-        print(gradient.run(out, [gradient.of_pretrained(pretrained)], batches, gradient.OF_PRETRAINED, parts))
+        print(gradient.run(out, [subject(pretrained)], batches, gradient.OF_PRETRAINED, parts))
         return
     for condition in conditions.split(","):
         prepare(models, condition)

@@ -1,13 +1,9 @@
 """Signal and variance of real gradients: their formulas by hand, sketches, and tiny measurements."""
 
-import shutil
-
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from verl_krpo.data import parquet
 from verl_krpo.lab.train import conditions, gradient, loop, methods, study
 from verl_krpo.lab.train.conditions import Condition
 
@@ -78,19 +74,3 @@ def test_a_study_has_a_table_a_checkpoint(subjects, tmp_path):
     assert gradient.as_table(rows) + "\n" == (tmp_path / "out" / "small_2.md").read_text()
     rloo = next(row for row in rows if row["method"] == "rloo")
     assert float(rloo["snr_to_rloo"]) == float(rloo["variance_to_rloo"]) == 1
-
-
-def test_a_pretrained_model_by_its_folder(models, tmp_path):
-    """The tiny model in its place: prompts of the most frequent length, rewards of the mathematics reward."""
-    shutil.copytree(models / "tiny", tmp_path / "model")
-    rows = [parquet.row("sums", question, "7", "train", 0) for question in ("3+4", "1+6", "2+5", "10-3")]
-    (tmp_path / "data").mkdir()
-    pd.DataFrame(rows).to_parquet(tmp_path / "data" / "train.parquet")
-    subject = gradient.of_pretrained(tmp_path, prompts=3, size=2)
-    batch = subject.batch(0)
-    assert batch.prompts.shape[0] == 3 and batch.rewards.shape == (3, 2) and sorted(batch.keys) == ["0", "1", "2"]
-    assert torch.equal(batch.responses, subject.batch(0).responses)
-    found = gradient.collect(subject, 2, ("rloo", "none"), tmp_path / "parts")
-    assert np.isfinite(found["none"]).all()
-    embedding = subject.model.get_input_embeddings().weight
-    assert not embedding.requires_grad and all(parameter is not embedding for parameter in subject.parameters)

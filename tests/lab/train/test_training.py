@@ -128,10 +128,10 @@ def test_a_method_is_finite_and_favors_the_better_answer(name, batch_of):
 
 def test_prompts_recur_from_a_pool_and_are_otherwise_new():
     pooled = dataclasses.replace(conditions.CONDITIONS["recurring"], prompts=4, pool=8)
-    steps = [next_ for next_, _ in zip(loop.visits(pooled, 3), range(4), strict=False)]
+    steps = [next_ for next_, _ in zip(loop.visits(TASKS["sharpen"], pooled, 3), range(4), strict=False)]
     first, second = ({p.question for step in half for p in step} for half in (steps[:2], steps[2:]))
     assert first == second and len(first) <= 8
-    fresh = loop.visits(conditions.CONDITIONS["pairs"], 3)
+    fresh = loop.visits(TASKS["sharpen"], conditions.CONDITIONS["pairs"], 3)
     assert next(fresh) != next(fresh)
 
 

@@ -5,7 +5,8 @@ tasks.py       what is asked, what is right, and the model that training begins 
 conditions.py  what a run is: task, prompts, group size, noise, what recurs, updates a batch
 methods.py     every method by its name: rewards to advantages, and which loss they enter
 losses.py      policy losses: verl's own and the product's
-gradient.py    signal and variance of the gradient itself, of tiny models and of a pretrained one (pretrained.py)
+gradient.py    signal and variance of the gradient itself
+pretrained.py  a pretrained model in the place of the tiny one: a transformers folder, of which the last layers learn
 study.py       many runs in parallel processes, resumable, one CSV line each
 results.py     means, paired differences, rollouts to a threshold; figures
 """

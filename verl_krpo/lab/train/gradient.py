@@ -12,8 +12,8 @@ noise alike. (batch_mean takes away 1 / rows of it.) Of these the variance says 
 small, and as uncertain.
 
 A tiny model is held still before, halfway through and after its training by RLOO. Of a pretrained one the gradient is
-that of its last LAYERS layers. Gradients are kept as sketches (`sketch`), a file a batch, and those that are there are
-not computed again.
+that of its last layers (pretrained.py). Gradients are kept as sketches (`sketch`), a file a batch, and those that are
+there are not computed again.
 """
 
 import functools
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from verl_krpo.lab.train import loop, pretrained
+from verl_krpo.lab.train import loop, losses
 from verl_krpo.lab.train.conditions import CONDITIONS
 from verl_krpo.lab.train.methods import METHODS, Batch
 from verl_krpo.report import intervals, tables
@@ -36,7 +36,6 @@ UNBIASED = ("rloo", "none", "batch_mean", "jspo", *(f"{name}_unscaled" for name 
 OF_PRETRAINED = (*UNBIASED, "opo", "otb")
 SHOWN = (*OF_PRETRAINED, "grpo", "krpo", *ADAPTIVE)
 SEED = 1000  # of the batches
-LAYERS = 8
 SKETCH = 65_537  # numbers a gradient; a prime, so that no row of a weight matrix keeps falling into the same bins
 
 
@@ -58,7 +57,7 @@ def of_training(models: Path, name: str) -> Iterator[Subject]:
     def subject(model: torch.nn.Module, steps: int) -> Subject:
         def batch(number: int) -> Batch:
             generator = torch.Generator().manual_seed(SEED * 100_003 + number)
-            problems = next(loop.visits(condition, SEED * 100_003 + number))
+            problems = next(loop.visits(first.task, condition, SEED * 100_003 + number))
             return loop.roll(first, model, condition, problems, number, generator)
 
         accuracy = loop.look(model, first.held_out)["accuracy"]
@@ -68,18 +67,6 @@ def of_training(models: Path, name: str) -> Iterator[Subject]:
     for steps, step in enumerate(loop.train(first, condition, "rloo", seed=0), start=1):
         if steps in (condition.steps // 2, condition.steps):
             yield subject(step.model, steps)
-
-
-def of_pretrained(folder: Path, prompts: int = 8, size: int = 4) -> Subject:
-    """A transformers folder and its verl parquet, as scripts/pretrained_cpu.py makes them."""
-    found = pretrained.load(folder)
-    decoder = found.model.model
-    parameters = [p for part in (*decoder.layers[-LAYERS:], decoder.norm) for p in part.parameters()]
-    found.model.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    name = f"{folder.name}_{prompts}x{size}"
-    return Subject(name, float("nan"), found.model, parameters, lambda number: found.batch(prompts, size, number))
 
 
 @functools.lru_cache(maxsize=1)
@@ -97,16 +84,16 @@ def sketch(gradient: Iterable[Tensor]) -> Tensor:
     return torch.nn.functional.pad(flat, (0, -len(flat) % SKETCH)).view(-1, SKETCH).sum(0)
 
 
-def gradients(subject: Subject, number: int, methods: Iterable[str]) -> dict[str, np.ndarray]:
-    """Method -> sketch of its gradient of one batch, and `reward`, the batch's mean."""
-    batch = subject.batch(number)
+def gradients(
+    model: torch.nn.Module, parameters: list[Tensor], batch: Batch, methods: Iterable[str]
+) -> dict[str, np.ndarray]:
+    """Method -> sketch of its gradient of one batch."""
     owner = torch.from_numpy(batch.owners)
-    log_prob = loop.log_probs(subject.model, batch.prompts, batch.responses, owner)
-    found = {"reward": np.array(float(batch.rewards.mean()))}
+    log_prob, found = loop.log_probs(model, batch.prompts, batch.responses, owner), {}
     for name in methods:
         advantage = METHODS[name](batch).reshape(len(owner), -1).to(log_prob.dtype)
-        loss = -(advantage * log_prob * batch.mask).sum() / batch.mask.sum()
-        found[name] = sketch(torch.autograd.grad(loss, subject.parameters, retain_graph=True)).numpy()
+        loss = losses.reinforce(log_prob, advantage, batch.mask, batch.mask, "token-mean")
+        found[name] = sketch(torch.autograd.grad(loss, parameters, retain_graph=True)).numpy()
     return found
 
 
@@ -119,7 +106,9 @@ def collect(subject: Subject, batches: int, methods: tuple[str, ...], parts: Pat
         known = dict(np.load(path)) if path.exists() else {}
         if missing := [name for name in methods if name not in known]:
             partial = path.with_suffix(".partial.npz")
-            np.savez(partial, **known | gradients(subject, number, missing))
+            batch = subject.batch(number)
+            known |= gradients(subject.model, subject.parameters, batch, missing)
+            np.savez(partial, **known | {"reward": np.array(float(batch.rewards.mean()))})
             os.replace(partial, path)
     loaded = [np.load(folder / f"{number}.npz") for number in range(batches)]
     return {name: np.stack([part[name] for part in loaded]) for name in ("reward", *methods)}

@@ -21,7 +21,7 @@ import copy
 import functools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from verl_krpo.lab.train.methods import METHODS, Batch
 from verl_krpo.lab.train.tasks import TASKS, Problem, Task
 
 HELD_OUT = 128  # questions
+SHARED = 32  # tokens that all prompts begin with, from which on reading them once is quicker
 
 
 class Start(NamedTuple):
@@ -49,12 +50,15 @@ class Start(NamedTuple):
 
     def encode(self, problems: list[Problem]) -> Tensor:
         """(problems, tokens): all questions are of the same length."""
-        return self.tokenizer([problem.question for problem in problems], return_tensors="pt")["input_ids"]
+        questions = [problem.question for problem in problems]
+        return self.tokenizer(questions, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
     def right(self, problems: list[Problem]) -> tuple[Tensor, Tensor, Tensor]:
         """Questions, right responses and their mask, as `held_out` has them."""
         responses = [self.task.response(problem.answer) for problem in problems]
-        answers = self.tokenizer(responses, return_tensors="pt", padding=True, padding_side="right")
+        answers = self.tokenizer(
+            responses, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="right"
+        )
         return self.encode(problems), answers["input_ids"], answers["attention_mask"].bool()
 
 
@@ -106,11 +110,16 @@ def sample(
 def read(model, prompts: Tensor, owner: Tensor) -> tuple[Tensor, object]:
     """Logits (rows, vocabulary) of the first token of row k's response to prompt owner[k], and the cache to go on with.
 
-    Every prompt is read once, however many responses it has.
+    Every prompt is read once, however many responses it has, and so is what all of them begin with, where it is long.
     """
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
+    alike = (prompts[:, :-1] == prompts[:1, :-1]).all(0)
+    if (shared := int(alike.cumprod(0).sum())) >= SHARED:
+        model(input_ids=prompts[:1, :shared], past_key_values=cache, logits_to_keep=1)
+        cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long))
+        prompts = prompts[:, shared:]
     logits = model(input_ids=prompts, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     cache.batch_select_indices(owner)
     return logits[owner], cache
@@ -152,14 +161,14 @@ def scores(first: Start, responses: Tensor, problems: list[Problem], size: int) 
     return torch.tensor(values, dtype=torch.float64).view(len(problems), size)
 
 
-def visits(condition: Condition, seed: int) -> Iterator[list[Problem]]:
+def visits(task: Task, condition: Condition, seed: int) -> Iterator[list[Problem]]:
     """The problems of every step: always new ones, or those of a pool, again and again in a new order."""
-    rng, draw = random.Random(seed), TASKS[condition.task].draw
-    pool = draw(rng, condition.pool, False)
+    rng = random.Random(seed)
+    pool = task.draw(rng, condition.pool, False)
     waiting: list[Problem] = []
     while True:
         if not pool:
-            yield draw(rng, condition.prompts, False)
+            yield task.draw(rng, condition.prompts, False)
             continue
         if len(waiting) < condition.prompts:
             waiting += rng.sample(pool, len(pool))
@@ -215,13 +224,13 @@ class Step(NamedTuple):
 
 
 def train(first: Start, condition: Condition, method: str, seed: int) -> Iterator[Step]:
-    """Step by step; the model is one and the same, and goes on."""
+    """Step by step; the model is one and the same, and goes on. Parameters that need no gradient stay as they are."""
     model = copy.deepcopy(first.model)
     optimizer = torch.optim.Adam(model.parameters(), lr=condition.learning_rate, fused=True)
     make, loss = METHODS[method]
     estimate, rows = make(), torch.arange(condition.prompts * condition.size)
     samplers = collections.deque([first.model], maxlen=condition.stale + 1)
-    for step, problems in zip(range(condition.steps), visits(condition, seed), strict=False):
+    for step, problems in zip(range(condition.steps), visits(first.task, condition, seed), strict=False):
         generator = torch.Generator().manual_seed(seed * 100_003 + step)
         if condition.updates > 1:
             rows = torch.randperm(len(rows), generator=generator)
@@ -240,23 +249,32 @@ def train(first: Start, condition: Condition, method: str, seed: int) -> Iterato
 
 
 def run(models: Path, condition: str, method: str, seed: int) -> dict:
-    """Train under a condition and a method of these names; the run's line of the CSV.
+    """Train under a condition and a method of these names; the run's line of the CSV, as `line` has it."""
+    first = start(models, CONDITIONS[condition].task)
+    return line(first, CONDITIONS[condition], method, seed, lambda model: look(model, first.held_out))
 
-    curve: accuracy before the first step and after every condition.every steps, `rollouts` rollouts apart; greedy,
-    pass8, entropy: the same of these. reward (with noise), advantage_std, gradient_norm, ratio_std: means over the
-    steps.
+
+def line(
+    first: Start,
+    condition: Condition,
+    method: str,
+    seed: int,
+    measure: Callable[[torch.nn.Module], dict[str, float]],
+) -> dict:
+    """Train, and measure the model before the first step and after every condition.every steps; a line of the CSV.
+
+    curve: the measured accuracy, `rollouts` rollouts apart, and a column of the same kind of everything else that is
+    measured. reward (with noise), advantage_std, gradient_norm, ratio_std: means over the steps.
     """
     began = time.perf_counter()
-    settings = CONDITIONS[condition]
-    first = start(models, settings.task)
-    looks, means = [look(first.model, first.held_out)], []
-    for number, step in enumerate(train(first, settings, method, seed), start=1):
+    looks, means = [measure(first.model)], []
+    for number, step in enumerate(train(first, condition, method, seed), start=1):
         means.append(step.means)
-        if number % settings.every == 0:
-            looks.append(look(step.model, first.held_out))
+        if number % condition.every == 0:
+            looks.append(measure(step.model))
     curves = {key: " ".join(f"{values[key]:.4f}" for values in looks) for key in looks[0]}
-    row = {"condition": condition, "method": method, "seed": seed, "learning_rate": settings.learning_rate}
-    row |= {"rollouts": settings.prompts * settings.size * settings.every, "curve": curves.pop("accuracy")} | curves
+    row = {"condition": condition.name, "method": method, "seed": seed, "learning_rate": condition.learning_rate}
+    row |= {"rollouts": condition.prompts * condition.size * condition.every, "curve": curves.pop("accuracy")} | curves
     names = ("reward", "advantage_std", "gradient_norm", "ratio_std")
     row |= dict(zip(names, torch.tensor(means).mean(0).tolist(), strict=True))
     return row | {"seconds": time.perf_counter() - began}
