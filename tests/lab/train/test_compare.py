@@ -1,6 +1,7 @@
 """The main table's measures against scipy and by hand, and the study in small, its runs invented."""
 
 import io
+import random
 import shutil
 from pathlib import Path
 
@@ -90,6 +91,23 @@ def test_each_method_is_compared_at_its_best_rate(monkeypatch, tmp_path):
     again = len(ran)
     compare.run(tmp_path, tmp_path, lambda condition: None, 1, gradients)
     assert len(ran) == again
+
+
+def test_runs_may_end_in_any_order():
+    rates = {(task, method): RATES[0] for task in COMPARED for method in compare.METHODS + compare.OF_RECURRING}
+    rows = [invented(*task) for task in compare.for_table(rates)]
+    for k, row in enumerate(rows):
+        row["curve"] = f"0.2 {0.2 + (k * 37 % 101) / 200}"  # another one for every run
+    again = list(rows)
+    random.Random(0).shuffle(again)
+    first, second = compare.of_table(rows, rates), compare.of_table(again, rates)
+    assert compare.duels(first) == compare.duels(second)
+    by_name = [
+        sorted(compare.by_task(rows), key=lambda line: (line["task"], line["method"])) for rows in (first, second)
+    ]
+    assert by_name[0] == by_name[1]
+    for lines in zip(compare.overall(first), compare.overall(second), strict=True):
+        assert lines[0] == lines[1]
 
 
 def test_a_study_that_is_not_ended_shows_the_seeds_that_are():

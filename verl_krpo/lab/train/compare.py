@@ -108,12 +108,12 @@ def of_table(rows: list[dict], rates: Rates) -> list[dict]:
 
 
 def matrix(rows: list[dict], method: str, measure: str = "curve") -> np.ndarray:
-    """Scores (tasks, seeds) of a method."""
+    """Scores (tasks, seeds) of a method, in order of their names and numbers: runs end in any order."""
     scores: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["method"] == method:
             scores.setdefault(row["condition"], {})[int(row["seed"])] = score(row[measure])
-    return np.array([list(seeds.values()) for seeds in scores.values()])
+    return np.array([[seeds[seed] for seed in sorted(seeds)] for _, seeds in sorted(scores.items())])
 
 
 def _resampled(scores: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -180,9 +180,9 @@ def by_task(rows: list[dict]) -> list[dict]:
     for row in rows:
         ends.setdefault(row["condition"], {}).setdefault(row["method"], {})[int(row["seed"])] = end(row["curve"])
     lines = []
-    for task, found in ends.items():
+    for task, found in sorted(ends.items()):
         reference = np.array([found[REFERENCE][seed] for seed in sorted(found[REFERENCE])])
-        for method, seeds in found.items():
+        for method, seeds in sorted(found.items()):
             own = np.array([seeds[seed] for seed in sorted(seeds)])
             difference, half = intervals.mean_and_half(own - reference)
             line = {"task": task, "method": method, "seeds": len(own), "accuracy": float(own.mean())}
