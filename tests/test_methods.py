@@ -15,17 +15,21 @@ ROWS, TOKENS, SIZE = 16, 6, 4
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_right_answers_become_likelier(compose, method):
+def test_right_answers_become_likelier(compose, monkeypatch, method):
     from verl import DataProto
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
     from verl.trainer.ppo.ray_trainer import compute_advantage
     from verl.utils.config import omega_conf_to_dataclass
+
+    from verl_krpo.plugin import scores
 
     config = compose(f"method={method}", *PATHS, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
                      name="arithmetic_cpu")  # fmt: skip
     estimator, settings = config.algorithm.adv_estimator, config.algorithm
     if method == "krpo_memory":  # a memory needs a trainer; in the first step the prior is krpo_adaptive's
         estimator, settings = "krpo_adaptive", {"adv_estimator": "krpo_adaptive"}
+    monkeypatch.setattr(scores, "_loss_agg_mode", None)
+    scores.begin(config)  # as a trainer that starts
     make = torch.Generator().manual_seed(0)
     right = torch.tensor([1.0, 0, 0, 1, 1, 1, 0, 1, 0, 0, 0, 1, 1, 0, 1, 0])  # no group is all of a kind
     rewards = torch.zeros(ROWS, TOKENS)

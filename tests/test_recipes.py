@@ -38,6 +38,7 @@ TABLE = {
     "gspo": ("grpo", "gspo", "seq-mean-token-mean", (3e-4, 4e-4)),
     "krpo": ("krpo", "vanilla", None, None),
     "krpo_adaptive": ("krpo_adaptive", "vanilla", None, None),
+    "krpo_adaptive_score": ("krpo_adaptive", "vanilla", None, None),
     "krpo_memory": ("krpo_memory", "vanilla", None, None),
     "kpo": ("grpo", "kpo", "seq-mean-token-mean", (3e-4, 4e-4)),
     "kpo_unclipped": ("grpo", "kpo", "seq-mean-token-mean", (3e-4, 4e-4)),
