@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra.errors import ConfigCompositionException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "recipes/config"
@@ -98,6 +98,8 @@ def _has(node: DictConfig, dotted: str) -> bool:
 
 def test_every_key_of_every_yaml_is_one_of_verls_and_a_typo_is_none(compose):
     known = compose("+algorithm=krpo", "+actor@actor_rollout_ref.actor.policy_loss=kpo")
+    with open_dict(known):
+        known.algorithm.krpo_adaptive = compose("+algorithm=krpo_adaptive").algorithm.krpo_adaptive
     for path in YAMLS:
         content = yaml.safe_load((CONFIG / path).read_text())
         keys = leaves({key: value for key, value in content.items() if key not in ("hydra", "defaults")})
