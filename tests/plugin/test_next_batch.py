@@ -8,18 +8,11 @@ from omegaconf import OmegaConf
 
 from verl_krpo import choice
 from verl_krpo.advantage.memory import PromptMemory, krpo_memory
-from verl_krpo.plugin import hooks, metrics, next_batch, prompt_memory, scores
+from verl_krpo.plugin import hooks, metrics, next_batch, prompt_memory
 from verl_krpo.plugin.estimator import compute_advantage
 
 N = 4
-
-
-@pytest.fixture(autouse=True)
-def no_run(monkeypatch):
-    monkeypatch.setattr(prompt_memory, "_run", None)
-    monkeypatch.setattr(scores, "_loss_agg_mode", None)
-    yield
-    metrics.discard()
+pytestmark = pytest.mark.usefixtures("no_run")
 
 
 @pytest.fixture

@@ -6,20 +6,13 @@ import torch
 from omegaconf import OmegaConf
 
 from verl_krpo.advantage.memory import PromptMemory, krpo_memory
-from verl_krpo.plugin import hooks, metrics, prompt_memory, scores
+from verl_krpo.plugin import hooks, metrics, prompt_memory
 from verl_krpo.plugin.estimator import compute_advantage
 from verl_krpo.plugin.prompt_memory import prompt_id
 
 ASK = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1="}]
 IMAGE = [{"role": "user", "content": [{"type": "image", "image": object()}, {"type": "text", "text": "What is it?"}]}]
-
-
-@pytest.fixture(autouse=True)
-def no_run(monkeypatch):
-    monkeypatch.setattr(prompt_memory, "_run", None)
-    monkeypatch.setattr(scores, "_loss_agg_mode", None)
-    yield
-    metrics.discard()
+pytestmark = pytest.mark.usefixtures("no_run")
 
 
 def job(tmp_path, **trainer):

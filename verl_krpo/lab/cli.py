@@ -1,5 +1,6 @@
 """`verl-krpo study`: the commands of the laboratory. They import what they need when they run."""
 
+import functools
 import importlib
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,8 @@ study = typer.Typer(
 
 Out = Annotated[Path, typer.Option("--out", help="The folder to write to.", file_okay=False)]
 Seed = Annotated[int, typer.Option(help="The same seed makes the same thing.")]
+Seeds = Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")]
+Jobs = Annotated[int, typer.Option(help="Processes, one thread each.")]
 
 
 SIMULATED = {
@@ -77,18 +80,16 @@ def training(
     methods: Annotated[
         str, typer.Option(help="Names from lab/train/methods.py.")
     ] = "rloo,grpo,jspo,krpo,krpo_adaptive",
-    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 20,
+    seeds: Seeds = 20,
     first_seed: int = 0,
     models: Models = MODELS,
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    jobs: Jobs = 2,
     other: Annotated[str, typer.Option(help="A method to compare all with, besides RLOO or REINFORCE.")] = "grpo",
     measure: Annotated[
         str, typer.Option(help="What is compared: curve (the accuracy of a sample), greedy, pass8 or entropy.")
     ] = "curve",
 ) -> None:
     """Train a tiny model under every method, on paired seeds; what is in OUT/runs.csv is not run again."""
-    import functools
-
     from verl_krpo.lab.train import loop, study
 
     chosen = range(first_seed, first_seed + seeds)
@@ -105,9 +106,9 @@ def pretrained(
     methods: Annotated[
         str, typer.Option(help="Names from lab/train/methods.py.")
     ] = "rloo,none,krpo_adaptive,krpo_adaptive_score",
-    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 5,
+    seeds: Seeds = 5,
     first_seed: int = 0,
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    jobs: Jobs = 2,
 ) -> None:
     """Train the last layers of a pretrained model under every method, on paired seeds, and measure their gradients."""
     from verl_krpo.lab.train import pretrained, study
@@ -125,14 +126,12 @@ def pretrained(
 def compare(
     out: Out = Path("docs/results/compare"),
     models: Models = MODELS,
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    jobs: Jobs = 2,
     gradients: Annotated[
         Path | None, typer.Option(help="Where study gradient wrote its CSVs of these tasks: compares the two rankings.")
     ] = None,
 ) -> None:
     """The main table: every task, every estimator at its best rate, ten seeds (two to three hours of two cores)."""
-    import functools
-
     from verl_krpo.lab.train import compare
 
     print(compare.run(out, models, functools.partial(prepare, models), jobs, gradients))
@@ -145,10 +144,10 @@ def off_policy(
     methods: Annotated[
         str, typer.Option(help="Names from lab/train/losses.py.")
     ] = "reinforce,vanilla,gspo,kpo,kpo_Q0.001_clip0.02",
-    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 10,
+    seeds: Seeds = 10,
     first_seed: int = 0,
     models: Models = MODELS,
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    jobs: Jobs = 2,
     other: Annotated[str, typer.Option(help="A loss to compare all with, besides REINFORCE.")] = "vanilla",
 ) -> None:
     """The same for policy losses on long answers, with many updates a batch."""
@@ -160,10 +159,10 @@ def choice(
     out: Out,
     conditions: Annotated[str, typer.Option(help="Pools, by the share that is hopeless.")] = "dead_0,dead_30,dead_60",
     methods: Annotated[str, typer.Option(help="A way to choose and an estimator each, from lab/train/choose.py.")] = "",
-    seeds: Annotated[int, typer.Option(help="How many; 0 only reads OUT/runs.csv.")] = 10,
+    seeds: Seeds = 10,
     first_seed: int = 0,
     models: Models = MODELS,
-    jobs: Annotated[int, typer.Option(help="Processes, one thread each.")] = 2,
+    jobs: Jobs = 2,
     record: Annotated[
         Path | None, typer.Option(help="A folder for the rewards of every visit: what study forecast reads.")
     ] = None,
@@ -172,8 +171,6 @@ def choice(
     ] = "curve",
 ) -> None:
     """Which prompts a step rolls out, and how many responses each gets: every way at equal rollouts (an hour)."""
-    import functools
-
     from verl_krpo.lab.train import choose, study
     from verl_krpo.lab.train.tasks import TASKS
 

@@ -28,9 +28,12 @@ def show(headings: Sequence[str], rows: list[list[str]], title: str | None = Non
     Console().print(shown)
 
 
-def interval(row: dict, key: str, digits: int = 3) -> str:
-    """A number of a row with its interval, Measured.columns; also where the row comes from a CSV."""
-    value, low, high = (f"{float(row[f'{key}{end}']):.{digits}f}" for end in ("", "_low", "_high"))
+def interval(row: dict, key: str, digits: int = 3, sign: str = "") -> str:
+    """A number of a row with its interval, Measured.columns; also where the row comes from a CSV.
+
+    sign: "+" where positive numbers have theirs.
+    """
+    value, low, high = (f"{float(row[f'{key}{end}']):{sign}.{digits}f}" for end in ("", "_low", "_high"))
     return f"{value} ({low} to {high})"
 
 

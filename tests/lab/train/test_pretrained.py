@@ -129,7 +129,9 @@ def test_a_variance_is_that_of_many_batches(folder):
 def test_a_study_resumes_and_has_two_tables(folder, tmp_path):
     out = tmp_path / "out" / "runs.csv"
     for methods in (["rloo"], ["rloo", "none", "krpo_adaptive", "grpo"]):
-        for run in study.missing(study.tasks(pretrained.CONDITIONS, [TASK], METHODS, methods, range(2)), out):
+        for run in study.missing(
+            study.tasks(pretrained.CONDITIONS, [TASK], METHODS, methods, range(2)), study.finished(out)
+        ):
             out.parent.mkdir(exist_ok=True)
             study.append(out, pretrained.run(folder, *run))
     text = pretrained.show(out)

@@ -10,9 +10,9 @@ groups of SIZE, taken from FROM times as many candidates, which are the next one
     mopps       the draws of a Beta that are nearest to 1/2 (MoPPS, 2507.04632)
     spo         at random by sqrt(v (1 - v)) + 0.05, v SPO's tracker (2509.13232)
     dps         those that a hidden Markov model holds for neither all right nor all wrong (2603.10887)
-    signal      choice.choose by a draw of krpo_memory's forecast
-    same        choice.include, each weighed by its inverse probability: the objective stays that of all candidates
-    allocate    uniform, choice.allocate: more responses for a larger signal, as many in all
+    signal      krpo_memory's select=signal (plugin/next_batch.py)
+    same        the same with objective=same: the objective stays that of all candidates
+    allocate    uniform, and allocate=signal: more responses for a larger signal, as many in all
     both        signal and allocate
 
 A method is a choice and an estimator, uniform_rloo and so on. curve: mean probability that a response is right, over
@@ -33,8 +33,10 @@ from torch import Tensor
 from verl_krpo import choice
 from verl_krpo.advantage.memory import PromptMemory, krpo_memory
 from verl_krpo.advantage.weights import score_weights
+from verl_krpo.config import Choice, MemoryConfig, Objective
 from verl_krpo.lab.train import loop, losses
 from verl_krpo.lab.train.tasks import Problem, mixed
+from verl_krpo.plugin import next_batch
 from verl_krpo.replay import rollouts as visits
 from verl_krpo.replay.trackers import TRACKERS
 
@@ -47,6 +49,12 @@ CHOICES = {  # by the estimator of advantages: RLOO, krpo_memory without and wit
     "rloo": ("uniform", "dapo", "mopps", "spo", "dps", "signal", "same", "allocate", "both"),
     "memory": ("uniform", "dapo", "signal", "same", "allocate", "both"),
     "memory_score": ("uniform", "signal", "same", "both"),
+}
+OURS = {
+    "signal": MemoryConfig(select=Choice.signal),
+    "same": MemoryConfig(select=Choice.signal, objective=Objective.same),
+    "allocate": MemoryConfig(allocate=Choice.signal),
+    "both": MemoryConfig(select=Choice.signal, allocate=Choice.signal),
 }
 METHODS = {f"{way}_{name}": (way, name) for name, ways in CHOICES.items() for way in ways}
 
@@ -93,9 +101,10 @@ def orders(rng: random.Random) -> Iterator[int]:
 
 def decide(way: str, candidates: np.ndarray, memory: PromptMemory, trackers: dict, step: int, rng) -> Step:
     """What is rolled out of the candidates, places in the pool."""
-    chosen, weights = np.arange(PROMPTS), np.ones(PROMPTS)
-    forecast = memory.forecast(candidates, step)
-    signals = choice.expected(*forecast)
+    if way in OURS:
+        taken = next_batch.choose(memory, candidates, step, OURS[way], PROMPTS, SIZE, rng)
+        return Step(candidates[taken.rows], taken.responses, taken.weights)
+    chosen = np.arange(PROMPTS)
     if way == "mopps":
         drawn = rng.beta(*trackers["MoPPS"].counts[candidates].T)
         chosen = np.argsort(np.abs(drawn - 0.5))[:PROMPTS]
@@ -107,15 +116,12 @@ def decide(way: str, candidates: np.ndarray, memory: PromptMemory, trackers: dic
         mean, var = trackers["DPS"].predict(candidates, step)
         some = 4 * (mean - var - mean**2)  # of chances 0, 1/2 and 1 that of 1/2
         chosen = choice.choose(np.maximum(some, 0), PROMPTS, rng)
-    elif way in ("signal", "both"):
-        chosen = choice.choose(choice.draw(*forecast, rng), PROMPTS, rng)
-    elif way == "same":
-        chosen, weights = choice.include(signals, PROMPTS, rng)
-    counts = np.full(PROMPTS, SIZE)
-    if way in ("allocate", "both"):
-        counts = choice.allocate(signals[chosen], PROMPTS * SIZE)
-        weights = SIZE / counts
-    return Step(candidates[chosen], counts, weights)
+    return all_alike(candidates[chosen])
+
+
+def all_alike(places: np.ndarray) -> Step:
+    """SIZE responses to each prompt."""
+    return Step(places, np.full(len(places), SIZE), np.ones(len(places)))
 
 
 def roll(first: loop.Start, model, pool: list[Problem], asked: Step, generator: torch.Generator) -> Rolled:
@@ -125,9 +131,8 @@ def roll(first: loop.Start, model, pool: list[Problem], asked: Step, generator: 
     end, pad = first.tokenizer.eos_token_id, first.tokenizer.pad_token_id
     counts = torch.from_numpy(asked.counts)
     sampled = loop.sample(model, prompts, counts, end, pad, generator, first.task.max_tokens)
-    texts = first.tokenizer.batch_decode(sampled.tokens, skip_special_tokens=True)
-    values = [first.task.reward(text, problems[k].answer) for text, k in zip(texts, owner, strict=True)]
-    return Rolled(asked.chosen, asked.weights, owner, prompts, sampled, torch.tensor(values, dtype=torch.float64))
+    rewards = loop.rewards(first, sampled.tokens, problems, owner)
+    return Rolled(asked.chosen, asked.weights, owner, prompts, sampled, rewards)
 
 
 def dynamic(first: loop.Start, model, pool: list[Problem], waiting: Iterator[int], generator) -> tuple[Rolled, int]:
@@ -135,7 +140,7 @@ def dynamic(first: loop.Start, model, pool: list[Problem], waiting: Iterator[int
     found: list[Rolled] = []
     while len(found) < ROUNDS:
         places = np.array([next(waiting) for _ in range(PROMPTS)])
-        rolled = roll(first, model, pool, Step(places, np.full(PROMPTS, SIZE), np.ones(PROMPTS)), generator)
+        rolled = roll(first, model, pool, all_alike(places), generator)
         found.append(rolled.of(np.flatnonzero((rolled.right > 0) & (rolled.right < rolled.counts))))
         if sum(len(part.places) for part in found) >= PROMPTS:
             break
@@ -157,11 +162,11 @@ def dynamic(first: loop.Start, model, pool: list[Problem], waiting: Iterator[int
 
 
 def rloo(rewards: Tensor, owner: np.ndarray) -> Tensor:
-    """(rows,) r - the mean of the others of its group; 0 where there are none."""
-    owner_, count = torch.from_numpy(owner), int(owner.max()) + 1
-    size = torch.zeros(count, dtype=rewards.dtype).index_add_(0, owner_, torch.ones_like(rewards))[owner_]
-    total = torch.zeros(count, dtype=rewards.dtype).index_add_(0, owner_, rewards)[owner_]
-    return torch.where(size > 1, (size * rewards - total) / (size - 1).clamp(min=1), 0.0)
+    """(rows,) verl's, whose groups may be uneven; 0 where a group is of one."""
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+    ones = torch.ones(len(rewards), 1, dtype=rewards.dtype)
+    return get_adv_estimator_fn("rloo_vectorized")(rewards[:, None], ones, index=owner)[0][:, 0]
 
 
 def run(models: Path, condition: str, method: str, seed: int, record: Path | None = None) -> dict:

@@ -99,7 +99,7 @@ def _task(row: dict) -> str:
 def of_table(rows: list[dict], rates: Rates) -> list[dict]:
     """The lines of the seeds that all tasks and methods have, their conditions without the rate."""
     wanted = for_table(rates)
-    lacking = {task.seed for task in study.lacking(wanted, rows)}
+    lacking = {task.seed for task in study.missing(wanted, rows)}
     seeds = {task.seed for task in wanted} - lacking
     if not seeds:
         raise ValueError("no seed has all its runs yet: let the study go on")
@@ -148,26 +148,23 @@ def overall(rows: list[dict]) -> list[dict]:
     for method in METHODS:
         line: dict = {"method": method, "seeds": reference.shape[1]}
         for measure, name in MEASURES.items():
-            line |= _columns(name, interquartile_mean(matrix(rows, method, measure)))
-        line |= _columns("better", probability_of_improvement(matrix(rows, method), reference))
+            line |= interquartile_mean(matrix(rows, method, measure)).columns(name)
+        line |= probability_of_improvement(matrix(rows, method), reference).columns("better")
         ends = [end(row["entropy"]) for row in rows if row["method"] == method]
         lines.append(line | {"entropy": float(np.mean(ends))})
     return sorted(lines, key=lambda line: -line["accuracy"])
 
 
-def _columns(name: str, found: intervals.Measured) -> dict[str, float]:
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
-
-
 def overall_table(lines: list[dict]) -> str:
-    def cell(line: dict, name: str) -> str:
-        return f"{line[name]:.3f} ({line[f'{name}_low']:.3f} to {line[f'{name}_high']:.3f})"
-
     header = ["method", "seeds", *(f"{name}, IQM" for name in MEASURES.values()), "P(better than RLOO)"]
     return tables.table(
         [*header, "entropy"],
         [
-            [line["method"], str(line["seeds"]), *(cell(line, name) for name in (*MEASURES.values(), "better"))]
+            [
+                line["method"],
+                str(line["seeds"]),
+                *(tables.interval(line, name) for name in (*MEASURES.values(), "better")),
+            ]
             + [f"{line['entropy']:.3f}"]
             for line in lines
         ],
@@ -218,8 +215,9 @@ def duels(rows: list[dict]) -> list[dict]:
         own, other = matrix(shared, first), matrix(shared, second)
         drawn = _resampled(own - other, np.random.default_rng(0)).mean((1, 2))
         line = {"first": first, "second": second, "tasks": len(own)}
-        line |= _columns("difference", intervals.Measured(float((own - other).mean()), *intervals.middle(drawn)))
-        line |= _columns("better", probability_of_improvement(own, other))
+        difference = intervals.Measured(float((own - other).mean()), *intervals.middle(drawn))
+        line |= difference.columns("difference")
+        line |= probability_of_improvement(own, other).columns("better")
         by_task = [intervals.mean_and_half(task) for task in own - other]
         line["ahead"] = sum(mean - half > 0 for mean, half in by_task)
         line["behind"] = sum(mean + half < 0 for mean, half in by_task)
@@ -228,14 +226,11 @@ def duels(rows: list[dict]) -> list[dict]:
 
 
 def duel_table(lines: list[dict]) -> str:
-    def cell(line: dict, name: str, form: str) -> str:
-        value, low, high = (format(line[key], form) for key in (name, f"{name}_low", f"{name}_high"))
-        return f"{value} ({low} to {high})"
-
     return tables.table(
         ["first", "second", "score, first less second", "P(first better)", "tasks", "ahead", "behind"],
         [
-            [line["first"], line["second"], cell(line, "difference", "+.3f"), cell(line, "better", ".3f")]
+            [line["first"], line["second"]]
+            + [tables.interval(line, "difference", sign="+"), tables.interval(line, "better")]
             + [str(line[key]) for key in ("tasks", "ahead", "behind")]
             for line in lines
         ],

@@ -21,7 +21,7 @@ import copy
 import functools
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,12 +153,17 @@ def look(model, held_out: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
     }
 
 
+def rewards(first: Start, responses: Tensor, problems: list[Problem], owner: Iterable[int]) -> Tensor:
+    """(rows,) of responses, row k's to problem owner[k]."""
+    texts = first.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    values = [first.task.reward(text, problems[k].answer) for text, k in zip(texts, owner, strict=True)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
 def scores(first: Start, responses: Tensor, problems: list[Problem], size: int) -> Tensor:
     """(problems, size) rewards."""
-    texts = first.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    answers = [problem.answer for problem in problems for _ in range(size)]
-    values = [first.task.reward(text, answer) for text, answer in zip(texts, answers, strict=True)]
-    return torch.tensor(values, dtype=torch.float64).view(len(problems), size)
+    owner = [k for k in range(len(problems)) for _ in range(size)]
+    return rewards(first, responses, problems, owner).view(len(problems), size)
 
 
 def visits(task: Task, condition: Condition, seed: int) -> Iterator[list[Problem]]:
@@ -182,8 +187,8 @@ def roll(
     prompts = first.encode(problems)
     end, pad = first.tokenizer.eos_token_id, first.tokenizer.pad_token_id
     sampled = sample(model, prompts, condition.size, end, pad, generator, first.task.max_tokens)
-    rewards = noise(scores(first, sampled.tokens, problems, condition.size))
-    return Batch(rewards, [problem.question for problem in problems], step, prompts, first.model, *sampled)
+    earned = noise(scores(first, sampled.tokens, problems, condition.size))
+    return Batch(earned, [problem.question for problem in problems], step, prompts, first.model, *sampled)
 
 
 def objective(

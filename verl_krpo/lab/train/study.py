@@ -24,13 +24,8 @@ def finished(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def missing(tasks: Iterable[Task], path: Path) -> list[Task]:
-    """The tasks whose run is not in the CSV."""
-    return lacking(tasks, finished(path))
-
-
-def lacking(tasks: Iterable[Task], rows: Iterable[dict]) -> list[Task]:
-    """The tasks whose run is not among these lines."""
+def missing(tasks: Iterable[Task], rows: Iterable[dict]) -> list[Task]:
+    """The tasks whose run is not among the lines of a CSV."""
     done = {(row["condition"], row["method"], int(row["seed"])) for row in rows}
     return [task for task in tasks if task not in done]
 
@@ -95,7 +90,7 @@ def complete(
     """Run what the CSV has not, on the models in `models` that `prepare` makes of a condition."""
     from rich.progress import MofNCompleteColumn, Progress
 
-    if todo := missing(wanted, path):
+    if todo := missing(wanted, finished(path)):
         for condition in {task.condition for task in todo}:
             prepare(condition)
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
