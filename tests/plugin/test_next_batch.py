@@ -175,7 +175,7 @@ def test_the_estimator_multiplies_by_the_weights(start):
     torch.testing.assert_close(weighed, plain * torch.tensor([[0.5], [0.5], [3.0], [3.0]]))
 
 
-def test_dead_groups_foretold_and_seen_are_logged(start):
+def test_dead_groups_and_the_pool_are_logged(start):
     memory = trained()
     trainer = start(memory=memory)
     trainer.global_steps = memory.step + 1
@@ -187,6 +187,10 @@ def test_dead_groups_foretold_and_seen_are_logged(start):
     logged = metrics.drain()
     assert logged["krpo/dead"] == pytest.approx(4 / 6)
     assert 0.6 < logged["krpo/dead_foretold"] < 1
+    expected = run.memory.forecast([name(k) for k in range(64)], memory.step + 2)
+    quartiles = [logged[f"krpo/pool_{part}"] for part in ("p25", "p50", "p75")]
+    assert quartiles == pytest.approx(np.quantile(expected.mean, [0.25, 0.5, 0.75]).tolist())
+    assert logged["krpo/pool_std"] == pytest.approx(expected.std.mean())
 
 
 def test_more_responses_than_given_are_an_error(start):

@@ -167,12 +167,17 @@ class PromptMemory:
         age = torch.where(torch.from_numpy(known), step - column(self.visited), 0)
         return Visits(torch.from_numpy(known), age, column(self.deviation), column(self.var))
 
-    def forecast(self, prompts: Iterable, step: int, memory_var: float | str = AUTO) -> Forecast:
+    def _all(self, step: int) -> Visits:
+        known, age = torch.ones(len(self), dtype=torch.bool), torch.from_numpy(step - self.visited)
+        return Visits(known, age, torch.from_numpy(self.deviation), torch.from_numpy(self.var))
+
+    def forecast(self, prompts: Iterable | None, step: int, memory_var: float | str = AUTO) -> Forecast:
         """What each of these prompts (groups,) earns at `step`; a new one has the prior N(L, P0).
 
-        Until a step had two groups nothing tells prompts apart: all have N(L, 0).
+        prompts: None for all that are remembered, in the order of `keys`. Until a step had two groups nothing tells
+        prompts apart: all have N(L, 0).
         """
-        visits, model = self.recall(prompts, step), self.model(memory_var)
+        visits, model = self._all(step) if prompts is None else self.recall(prompts, step), self.model(memory_var)
         low, high = (self.lowest, self.highest) if self.lowest <= self.highest else (self.level, self.level)
         if model is None:
             return Forecast(np.full(len(visits.age), self.level), np.zeros(len(visits.age)), low, high)

@@ -38,6 +38,9 @@ and for krpo_memory
     krpo/memory_age                      steps since their last visit, mean
     krpo/memory_nis                      krpo/nis of these
     krpo/memory_var                      Q a step, learned or given
+    krpo/pool_p25, krpo/pool_p50, krpo/pool_p75   quartiles, over all prompts that are remembered, of what each is
+                                         expected to earn in the next step
+    krpo/pool_std                        mean standard deviation of that expectation
     krpo/dead_foretold                   share of the groups of two or more that were expected to have equal rewards
     krpo/dead                            share of them that have
 
@@ -57,6 +60,7 @@ summed, and of `group_size_min` the smallest is kept. Nothing is computed before
 from collections import deque
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from verl_krpo import choice
@@ -66,6 +70,7 @@ from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.config import Baseline, KrpoConfig, MemoryConfig
 from verl_krpo.kalman import LocalLevel, innovations
 
+QUARTILES = (0.25, 0.5, 0.75)
 _MERGE = {"krpo/groups": sum, "krpo/singletons": sum, "krpo/group_size_min": min}
 
 
@@ -176,6 +181,10 @@ def _memory(
             result["krpo/dead_foretold"] = choice.dead(*forecast, groups.sizes.cpu().numpy()[several]).mean().item()
     if (model := visit.after.model(settings.memory_var)) is not None:
         result["krpo/memory_var"] = model.numbers()[0]
+        pool = visit.after.forecast(None, visit.step + 1, settings.memory_var)
+        quartiles = np.quantile(pool.mean, QUARTILES)
+        result |= {f"krpo/pool_p{100 * q:.0f}": float(p) for q, p in zip(QUARTILES, quartiles, strict=True)}
+        result["krpo/pool_std"] = float(pool.std.mean())
     if known.any():
         result["krpo/memory_age"] = visits.age[known].double().mean().item()
         result["krpo/memory_nis"] = fit[fits & known.to(fits.device)[:, None]].mean().item()

@@ -42,6 +42,12 @@ PANELS = (
     _one("krpo: NIS (1: the model fits)", "krpo/nis", log=True),
     _one("krpo: |A| of first over last", "krpo/advantage_abs_first_over_last", log=True),
     Panel(
+        "krpo: expected of the pool, quartiles",
+        tuple((f"krpo/pool_{part}", f" {part}", style) for part, style in (("p25", ":"), ("p50", "-"), ("p75", "--"))),
+        smooth=False,
+    ),
+    _one("krpo: mean std of the expected", "krpo/pool_std", smooth=False),
+    Panel(
         "kpo: std of the token ratios",
         (("actor/kpo_ratio_std_raw", " before", ":"), ("actor/kpo_ratio_std_filtered", " after", "-")),
         log=True,

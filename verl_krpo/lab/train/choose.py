@@ -203,11 +203,12 @@ def run(models: Path, condition: str, method: str, seed: int, record: Path | Non
         rollouts += took
         if log:
             visits.record(log, step, rolled.places[rolled.owner], rolled.rewards.tolist())
-        advantage, memory = _advantages(estimator, rolled, memory, step)
-        for tracker in trackers.values():
-            tracker.update(rolled.places, step, rolled.right, rolled.counts)
-        alive.append(((rolled.right > 0) & (rolled.right < rolled.counts)).mean())
-        _update(model, optimizer, rolled, advantage * torch.from_numpy(rolled.weights[rolled.owner]))
+        alive.append(((rolled.right > 0) & (rolled.right < rolled.counts)).mean() if len(rolled.places) else 0.0)
+        if len(rolled.places):  # DAPO may find no group that differs
+            advantage, memory = _advantages(estimator, rolled, memory, step)
+            for tracker in trackers.values():
+                tracker.update(rolled.places, step, rolled.right, rolled.counts)
+            _update(model, optimizer, rolled, advantage * torch.from_numpy(rolled.weights[rolled.owner]))
         while rollouts >= mark * len(looks):
             looks.append([loop.look(model, part)["accuracy"] for part in looked])
     curve, transfer = (" ".join(f"{value:.4f}" for value in values) for values in zip(*looks, strict=True))
