@@ -77,7 +77,7 @@ def test_responses_belong_to_their_prompts_however_many_each_has(models):
     torch.testing.assert_close(kept.sampled.tokens[0], rolled.sampled.tokens[3])
 
 
-@pytest.mark.parametrize("method", ["uniform_rloo", "dapo_memory", "both_memory_score"])
+@pytest.mark.parametrize("method", ["uniform_rloo", "dapo_memory", "oracle_memory", "both_memory_score"])
 def test_a_run_takes_its_rollouts_and_repeats_itself(models, monkeypatch, tmp_path, method):
     for name, value in (("STEPS", 4), ("EVERY", 1), ("POOL", 64), ("PROMPTS", 4), ("ROUNDS", 2)):
         monkeypatch.setattr(choose, name, value)

@@ -10,6 +10,7 @@ groups of SIZE, taken from FROM times as many candidates, which are the next one
     mopps       the draws of a Beta that are nearest to 1/2 (MoPPS, 2507.04632)
     spo         at random by sqrt(v (1 - v)) + 0.05, v SPO's tracker (2509.13232)
     dps         those that a hidden Markov model holds for neither all right nor all wrong (2603.10887)
+    oracle      those with the largest p (1 - p) of the model as it is: what no forecast can know better
     signal      krpo_memory's select=signal (plugin/next_batch.py)
     same        the same with objective=same: the objective stays that of all candidates
     allocate    uniform, and allocate=signal: more responses for a larger signal, as many in all
@@ -46,9 +47,9 @@ STEPS, EVERY, LEARNING_RATE = 150, 10, 1e-4
 
 CONDITIONS = {"dead_0": "+-", "dead_30": "+++++++-------******", "dead_60": "+-***"}  # what is drawn from
 CHOICES = {  # by the estimator of advantages: RLOO, krpo_memory without and with weights
-    "rloo": ("uniform", "dapo", "mopps", "spo", "dps", "signal", "same", "allocate", "both"),
-    "memory": ("uniform", "dapo", "signal", "same", "allocate", "both"),
-    "memory_score": ("uniform", "signal", "same", "both"),
+    "rloo": ("uniform", "dapo", "mopps", "spo", "dps", "oracle", "signal", "same", "allocate", "both"),
+    "memory": ("uniform", "dapo", "oracle", "signal", "same", "allocate", "both"),
+    "memory_score": ("uniform", "oracle", "signal", "same", "both"),
 }
 OURS = {
     "signal": MemoryConfig(select=Choice.signal),
@@ -198,7 +199,11 @@ def run(models: Path, condition: str, method: str, seed: int, record: Path | Non
         else:
             count = PROMPTS if way in ("uniform", "allocate") else PROMPTS * FROM
             candidates = np.array(list(dict.fromkeys(next(waiting) for _ in range(count))))
-            asked = decide(way, candidates, memory, trackers, step, np.random.default_rng([seed, step]))
+            if way == "oracle":
+                p, _ = loop.probabilities(model, tuple(column[candidates] for column in looked[0]))
+                asked = all_alike(candidates[torch.topk(p * (1 - p), PROMPTS).indices])
+            else:
+                asked = decide(way, candidates, memory, trackers, step, np.random.default_rng([seed, step]))
             rolled, took = roll(first, model, pool, asked, generator), PROMPTS * SIZE
         rollouts += took
         if log:

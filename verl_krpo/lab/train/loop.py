@@ -138,12 +138,18 @@ def log_probs(model, prompts: Tensor, responses: Tensor, owner: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def look(model, held_out: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """accuracy, pass8, greedy and entropy."""
+def probabilities(model, held_out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(rows,) of the right response, and the log-probs of all tokens along it."""
     prompts, answers, mask = held_out
     all_log_probs = log_softmax(model, prompts, answers, torch.arange(len(prompts)))
     log_prob = all_log_probs.gather(-1, answers[..., None])[..., 0]
-    right = (log_prob * mask).sum(1).exp()
+    return (log_prob * mask).sum(1).exp(), all_log_probs
+
+
+def look(model, held_out: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    """accuracy, pass8, greedy and entropy."""
+    _, answers, mask = held_out
+    right, all_log_probs = probabilities(model, held_out)
     entropy = -(all_log_probs.exp() * all_log_probs).sum(-1)
     return {
         "accuracy": float(right.mean()),
