@@ -1,4 +1,4 @@
-"""Choosing prompts and numbers of responses: against quadrature, exact enumeration and brute force."""
+"""Choosing prompts and numbers of responses: against a Beta law's moments, exact enumeration and brute force."""
 
 import itertools
 
@@ -27,27 +27,37 @@ def test_a_signal_is_the_variance_of_a_reward_of_two_values():
     assert (choice.signal(np.array([-3.0, 7.0]), 0.0, 1.0) == 0).all()  # forecasts beyond what rewards can be
 
 
+def beta(mean, std, low, high) -> tuple[mpmath.mpf, mpmath.mpf]:
+    """The Beta law on [low, high] with this mean and standard deviation, from its definition."""
+    share, var = mpmath.mpf((mean - low) / (high - low)), mpmath.mpf(std / (high - low)) ** 2
+    worth = share * (1 - share) / var - 1
+    return share * worth, (1 - share) * worth
+
+
 @pytest.mark.parametrize("low, high", [(0.0, 1.0), (-1.0, 1.0)])
-@pytest.mark.parametrize("std", [0.0, 1e-3, 0.05, 0.3, 2.0])
-@pytest.mark.parametrize("mean", [-0.7, 0.0, 0.02, 0.5, 0.99, 1.4])
-def test_expected_signal_equals_quadrature(mean, std, low, high):
-    ours = choice.expected(np.array([mean]), np.array([std]), low, high)[0]
-
-    def weighted(x):
-        return (x - low) * (high - x) * mpmath.npdf(x, mean, std)
-
-    clipped = min(max(mean, low), high)
+@pytest.mark.parametrize("share, spread", [(0.02, 0.1), (0.5, 0.3), (0.5, 0.99), (0.99, 0.5)])
+def test_expected_signal_and_the_chance_of_a_dead_group_are_the_moments_of_beta(share, spread, low, high):
+    width = high - low
+    mean, std = low + share * width, spread * width * (share * (1 - share)) ** 0.5
     with mpmath.workdps(30):
-        breaks = sorted({low, high, *(x for k in (-9, -3, 0, 3, 9) if low < (x := mean + k * std) < high)})
-        truth = mpmath.quad(weighted, breaks) if std else (clipped - low) * (high - clipped)
-    assert ours == pytest.approx(float(truth), rel=1e-9, abs=1e-14)
+        a, b = beta(mean, std, low, high)
+        signal = width**2 * a * b / mpmath.rf(a + b, 2)
+        alike = (mpmath.rf(a, 3) + mpmath.rf(b, 3)) / mpmath.rf(a + b, 3)
+    law = np.array([mean]), np.array([std]), low, high
+    assert choice.expected(*law)[0] == pytest.approx(float(signal), rel=1e-9)
+    assert choice.dead(*law, np.array([3]))[0] == pytest.approx(float(alike), rel=1e-9)
 
 
 def test_the_mean_signal_of_draws_is_the_expected_one():
-    mean, std = np.array([0.1, 0.5, 0.9, 1.2]).repeat(50_000), np.array([0.3, 0.1, 0.0, 0.4]).repeat(50_000)
+    mean, std = np.array([0.1, 0.5, 0.9, 0.5]).repeat(50_000), np.array([0.2, 0.1, 0.0, 0.4]).repeat(50_000)
     drawn = choice.draw(mean, std, 0.0, 1.0, rng()).reshape(4, -1)
     error = drawn.mean(axis=1) - choice.expected(mean, std, 0.0, 1.0).reshape(4, -1)[:, 0]
     assert (np.abs(error) <= 5 * drawn.std(axis=1) / np.sqrt(50_000) + 1e-15).all()
+
+
+def test_where_all_rewards_were_alike_nothing_has_a_signal():
+    law = np.full(3, 0.5), np.zeros(3), 0.5, 0.5
+    assert (choice.draw(*law, rng()) == 0).all() and (choice.expected(*law) == 0).all()
 
 
 @given(SIGNALS, st.data())

@@ -6,13 +6,11 @@ rewards. Of a prompt whose rewards have the mean m and lie within [a, b] that is
     s(m) = (m - a)(b - m)        which it is where every reward is either a or b (Bhatia and Davis 2000)
 
 its *signal*; p (1 - p) of right answers where these earn 1 and wrong ones 0. (Under weights of responses m is the
-weighted mean, and s what a unit of weight adds to the gradient's variance: E w (r - m)^2 / E w.) m is not known. It is
-N(mean, std^2) by the memory's forecast (PromptMemory.forecast), kept within [a, b]. With phi and Phi the normal density
-and distribution:
+weighted mean, and s what a unit of weight adds to the gradient's variance: E w (r - m)^2 / E w.) m is not known. The
+memory forecasts its mean and standard deviation (PromptMemory.forecast), and m has the Beta law on [a, b] with these:
 
     draw        s of one draw of m (Thompson 1933): a prompt that is uncertain has its chances
-    expected    E s = std^2 (beta phi(alpha) - alpha phi(beta) - (1 + alpha beta) (Phi(beta) - Phi(alpha)))
-                alpha = (a - mean) / std, beta = (b - mean) / std
+    expected    E s = s(mean) - std^2
 
 Two ways to take `count` of a pool of candidates. `choose` takes the largest signals: the steps train on other prompts
 than the data holds. `include` leaves the objective as it is, the mean over the pool. It takes prompt i with probability
@@ -29,12 +27,12 @@ way to give states their seats), with n_i nearly proportional to sqrt(s_i).
 """
 
 import heapq
-import math
 
 import numpy as np
 import torch
 
 FLOOR = 0.1  # of the mean probability; a weight is at most 10
+WORTH = 0.01, 1e6  # responses: a Beta law of fewer has no use, one of more is known
 
 
 def signal(mean: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -45,23 +43,21 @@ def signal(mean: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def draw(mean: np.ndarray, std: np.ndarray, low: float, high: float, rng: np.random.Generator) -> np.ndarray:
     """s of one draw of every mean, (prompts,)."""
-    return signal(mean + std * rng.standard_normal(len(mean)), low, high)
+    return signal(low + (high - low) * rng.beta(*_counts(mean, std, low, high)), low, high)
 
 
 def expected(mean: np.ndarray, std: np.ndarray, low: float, high: float) -> np.ndarray:
     """E s of every prompt, (prompts,)."""
-    known = std == 0
-    scale = np.where(known, 1.0, std)
-    alpha, beta = (low - mean) / scale, (high - mean) / scale
-    value = beta * _density(alpha) - alpha * _density(beta) - (1 + alpha * beta) * (_below(beta) - _below(alpha))
-    return np.where(known, signal(mean, low, high), np.maximum(scale**2 * value, 0.0))
+    return np.maximum(signal(mean, low, high) - std**2, 0.0)
 
 
 def dead(mean: np.ndarray, std: np.ndarray, low: float, high: float, size: np.ndarray) -> np.ndarray:
     """The chance that all of `size` rewards, each `low` or `high`, are alike: E (p^size + (1 - p)^size), (prompts,)."""
-    z = torch.special.ndtri((torch.arange(64, dtype=torch.float64) + 0.5) / 64).numpy()  # of equal chances
-    p = (np.clip(mean[:, None] + std[:, None] * z, low, high) - low) / ((high - low) or 1.0)
-    return (p ** size[:, None] + (1 - p) ** size[:, None]).mean(axis=1)
+    right, wrong = map(torch.from_numpy, _counts(mean, std, low, high))
+    total, size = right + wrong, torch.from_numpy(size)
+    below = torch.lgamma(total + size) - torch.lgamma(total)
+    alike = [torch.lgamma(count + size) - torch.lgamma(count) - below for count in (right, wrong)]
+    return sum(part.exp() for part in alike).numpy()
 
 
 def choose(signals: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -136,9 +132,9 @@ def _check(signals: np.ndarray, count: int) -> None:
         raise ValueError(f"the signal of candidate {wrong[0]} is {signals[wrong[0]]}: a finite number >= 0 is needed")
 
 
-def _density(x: np.ndarray) -> np.ndarray:
-    return np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
-
-
-def _below(x: np.ndarray) -> np.ndarray:
-    return torch.special.ndtr(torch.from_numpy(x)).numpy()
+def _counts(mean: np.ndarray, std: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """alpha and beta of the Beta laws, (prompts,): of so many responses that earned `high` and `low`."""
+    width = (high - low) or 1.0
+    share = np.clip((mean - low) / width, 1e-9, 1 - 1e-9)
+    worth = np.clip(share * (1 - share) / np.maximum(std / width, 1e-9) ** 2 - 1, *WORTH)
+    return share * worth, (1 - share) * worth

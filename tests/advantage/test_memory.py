@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from verl_krpo import MemoryConfig, krpo_adaptive, krpo_memory
 from verl_krpo.advantage.memory import FORGET, PromptMemory
@@ -65,6 +66,16 @@ class DenseGaussian:
         return mean[-1] + weights @ (observed - mean[at]), cov[-1, -1] - weights @ cov[at, -1]
 
 
+def beta_law(memory, mean, var, noise_var):
+    """Mean and standard deviation of the Beta law on the rewards' range that noise_var / var rewards leave."""
+    if not var:
+        return mean, 0.0
+    width = memory.highest - memory.lowest
+    right = min(max((mean - memory.lowest) / width, 0.01), 0.99) * noise_var / var
+    law = stats.beta(right, noise_var / var - right, memory.lowest, width)
+    return law.mean(), law.std()
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("memory_var", [AUTO, 0.0, 3e-3, 10.0])
 @pytest.mark.parametrize("seed", range(4))
@@ -85,7 +96,9 @@ def test_equals_a_dense_gaussian_over_all_visits(seed, memory_var, weighted):
         predicted = {label: prompts_seen[label].state() for label in labels}
         foretold = np.stack(memory.forecast(labels, step, memory_var)[:2], axis=1)
         states = [(0.0, 0.0) if first else predicted[label] for label in labels]
-        assert foretold == pytest.approx(np.array([(level + mean, var**0.5) for mean, var in states]), abs=1e-10)
+        assert foretold == pytest.approx(
+            np.array([beta_law(memory, level + x, v, noise_var) for x, v in states]), abs=1e-10
+        )
         mine = {label: rewards.numpy()[prompts == label] for label in labels}
         unit = given.mean() if first else memory.unit
         noise = {label: noise_var / (given[prompts == label] / unit) for label in labels}  # R / w of every reward

@@ -50,6 +50,7 @@ from verl_krpo.advantage.groups import Variation, hashed, moments, sum_of_others
 from verl_krpo.config import AUTO, MemoryConfig
 from verl_krpo.kalman import LocalLevel
 
+EDGE = 0.01  # of the range of the rewards: no forecast is nearer to its ends
 FORGET = 0.9  # a step: ten steps later a third is left
 RATIOS = 2.0 ** torch.arange(-16, 1, dtype=torch.float64)  # candidates for Q / P0
 PREFERENCE = -(RATIOS.log2() + 7).abs()  # their log-prior
@@ -71,7 +72,7 @@ class Visits(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """Of prompts before a visit: L + d ~ N(mean, std^2), (groups,), and the range [low, high] of the rewards so far."""
+    """Of prompts before a visit: mean and std of L + d, (groups,), and the range [low, high] of the rewards so far."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -172,7 +173,14 @@ class PromptMemory:
         return Visits(known, age, torch.from_numpy(self.deviation), torch.from_numpy(self.var))
 
     def forecast(self, prompts: Iterable | None, step: int, memory_var: float | str = AUTO) -> Forecast:
-        """What each of these prompts (groups,) earns at `step`; a new one has the prior N(L, P0).
+        """What each of these prompts (groups,) earns at `step`; a new one has the prior.
+
+        Rewards within [a, b] whose mean m is near an end have less noise than the mean R. A state N(m, V') knows what
+        N = R / V' rewards tell. Of right and wrong answers so many leave, by their conjugate Beta law,
+
+            std^2 = (m - a)(b - m) / (N + 1) = (m - a)(b - m) V' / (R + V')
+
+        which for new prompts is P0.
 
         prompts: None for all that are remembered, in the order of `keys`. Until a step had two groups nothing tells
         prompts apart: all have N(L, 0).
@@ -181,9 +189,11 @@ class PromptMemory:
         low, high = (self.lowest, self.highest) if self.lowest <= self.highest else (self.level, self.level)
         if model is None:
             return Forecast(np.full(len(visits.age), self.level), np.zeros(len(visits.age)), low, high)
-        init_var = model.numbers()[3]
-        deviation, var = visits.predict(self.ratio(memory_var, init_var), init_var)
-        return Forecast(self.level + deviation.numpy(), var.sqrt().numpy(), low, high)
+        _, measurement_var, _, init_var = model.numbers()
+        deviation, var = (x.numpy() for x in visits.predict(self.ratio(memory_var, init_var), init_var))
+        edge = EDGE * (high - low)
+        mean = (self.level + deviation).clip(low + edge, high - edge)
+        return Forecast(mean, np.sqrt((mean - low) * (high - mean) * var / (measurement_var + var)), low, high)
 
     def store(self, prompts: Iterable, step: int, deviation: torch.Tensor, var: torch.Tensor) -> "PromptMemory":
         """A memory in which the states of prompt ids (groups,) after `step` are these."""
