@@ -77,15 +77,18 @@ def table(runs: Sequence[Run], drawn: Path | None = None) -> None:
         print(f"figure: {drawn}")
 
 
-def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
-    """Mean and standard deviation over the seeds of a method, `_seedN`; none where no method has two."""
+def _methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each method, whose names end in `_seedN`; none where no method has two."""
     methods: dict[str, list[Run]] = {}
     for run in runs:
         methods.setdefault(re.sub(r"_seed\d+$", "", run.name), []).append(run)
-    if max(map(len, methods.values())) < 2:
-        return []
+    return methods if max(map(len, methods.values())) > 1 else {}
+
+
+def _over_seeds(runs: Sequence[Run]) -> list[list[str]]:
+    """Mean and standard deviation over the seeds of every method."""
     rows = []
-    for name, seeds in methods.items():
+    for name, seeds in _methods(runs).items():
         before, after, _, last, seconds = zip(*(run.numbers() for run in seeds), strict=True)
         rows.append([name, str(len(seeds)), *map(_mean_and_spread, (before, after, last, seconds))])
     return rows
@@ -104,7 +107,7 @@ def table_of_differences(runs: Sequence[Run], against: str) -> None:
     rewards = {run.name: statistics.fmean(run.values(REWARD) or [math.nan]) for run in runs}
     reward = differences(rewards, against)
     accuracy = differences({run.name: run.numbers()[1] for run in runs}, against)
-    headings = ("method", "\nseeds", "reward\nover run", f"to\n{against}", "accuracy\nat end", f"to\n{against}")
+    headings = ("method", "\nseeds", "mean\nreward", f"to\n{against}", "accuracy\nat end", f"to\n{against}")
     print()
     rows = [[name, str(of[0]), *cells(*of), *cells(*accuracy[name])] for name, of in reward.items()]
     tables.show(headings, rows)
@@ -133,7 +136,9 @@ def show(
     for run, path in zip(runs, paths, strict=True):
         if names.count(run.name) > 1:
             run.name = str(path)
-    drawn, _ = plot.draw({run.name: [run.series] for run in runs}, out or runs[0].folder / "reward", plot.PANELS[:2])
+    lines = _methods(runs) or {run.name: [run] for run in runs}
+    series = {name: [run.series for run in seeds] for name, seeds in lines.items()}
+    drawn, _ = plot.draw(series, out or runs[0].folder / "reward", plot.PANELS[:2])
     table(runs, drawn)
     if against:
         table_of_differences(runs, against)

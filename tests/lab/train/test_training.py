@@ -235,10 +235,11 @@ def test_every_table_of_runs_is_on_a_page():
     assert TABLES and not missing
 
 
-def test_the_page_of_the_laboratory_says_what_the_runs_in_verl_say(capsys):
+@pytest.mark.parametrize("folder, methods", [("verl", ["rloo", "krpo_adaptive"]), ("verl_controls", ["rloo", "none"])])
+def test_the_page_of_the_laboratory_says_what_the_runs_in_verl_say(capsys, folder, methods):
     page = (ROOT / "docs/laboratory.md").read_text()
-    runs = [curves.read(folder) for folder in sorted((ROOT / "docs/results/verl").iterdir())]
-    for method in ("rloo", "krpo_adaptive"):
+    runs = [curves.read(run) for run in sorted((ROOT / "docs/results" / folder).glob("*_seed*"))]
+    for method in methods:
         curves.table_of_differences(runs, method)
         assert "\n".join(line.rstrip() for line in capsys.readouterr().out.strip("\n").splitlines()) in page
 
