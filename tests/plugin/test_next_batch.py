@@ -188,7 +188,7 @@ def test_dead_groups_and_the_pool_are_logged(start):
     assert logged["krpo/dead"] == pytest.approx(4 / 6)
     assert 0.6 < logged["krpo/dead_foretold"] < 1
     expected = run.memory.forecast([name(k) for k in range(64)], memory.step + 2)
-    quartiles = [logged[f"krpo/pool_{part}"] for part in ("p25", "p50", "p75")]
+    quartiles = [logged[f"krpo/pool_{part}"] for part in ("low", "median", "high")]
     assert quartiles == pytest.approx(np.quantile(expected.mean, [0.25, 0.5, 0.75]).tolist())
     assert logged["krpo/pool_std"] == pytest.approx(expected.std.mean())
 

@@ -38,7 +38,7 @@ and for krpo_memory
     krpo/memory_age                      steps since their last visit, mean
     krpo/memory_nis                      krpo/nis of these
     krpo/memory_var                      Q a step, learned or given
-    krpo/pool_p25, krpo/pool_p50, krpo/pool_p75   quartiles, over all prompts that are remembered, of what each is
+    krpo/pool_low, krpo/pool_median, krpo/pool_high   quartiles, over all prompts that are remembered, of what each is
                                          expected to earn in the next step
     krpo/pool_std                        mean standard deviation of that expectation
     krpo/dead_foretold                   share of the groups of two or more that were expected to have equal rewards
@@ -70,7 +70,7 @@ from verl_krpo.advantage.memory import PromptMemory
 from verl_krpo.config import Baseline, KrpoConfig, MemoryConfig
 from verl_krpo.kalman import LocalLevel, innovations
 
-QUARTILES = (0.25, 0.5, 0.75)
+QUARTILES = {"low": 0.25, "median": 0.5, "high": 0.75}
 _MERGE = {"krpo/groups": sum, "krpo/singletons": sum, "krpo/group_size_min": min}
 
 
@@ -182,8 +182,7 @@ def _memory(
     if (model := visit.after.model(settings.memory_var)) is not None:
         result["krpo/memory_var"] = model.numbers()[0]
         pool = visit.after.forecast(None, visit.step + 1, settings.memory_var)
-        quartiles = np.quantile(pool.mean, QUARTILES)
-        result |= {f"krpo/pool_p{100 * q:.0f}": float(p) for q, p in zip(QUARTILES, quartiles, strict=True)}
+        result |= {f"krpo/pool_{name}": float(np.quantile(pool.mean, share)) for name, share in QUARTILES.items()}
         result["krpo/pool_std"] = float(pool.std.mean())
     if known.any():
         result["krpo/memory_age"] = visits.age[known].double().mean().item()

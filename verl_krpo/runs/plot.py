@@ -43,7 +43,9 @@ PANELS = (
     _one("krpo: |A| of first over last", "krpo/advantage_abs_first_over_last", log=True),
     Panel(
         "krpo: expected of the pool, quartiles",
-        tuple((f"krpo/pool_{part}", f" {part}", style) for part, style in (("p25", ":"), ("p50", "-"), ("p75", "--"))),
+        tuple(
+            (f"krpo/pool_{part}", f" {part}", style) for part, style in (("high", "--"), ("median", "-"), ("low", ":"))
+        ),
         smooth=False,
     ),
     _one("krpo: mean std of the expected", "krpo/pool_std", smooth=False),
