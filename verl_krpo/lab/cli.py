@@ -186,7 +186,7 @@ def choice(
         lambda condition: task.build(models / task.folder),
         jobs,
     )
-    print(study.show(out / "runs.csv", "uniform_memory", measure))
+    print(choose.show(out / "runs.csv", measure))
 
 
 @study.command()

@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,3 +96,12 @@ def test_a_run_takes_its_rollouts_and_repeats_itself(models, monkeypatch, tmp_pa
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {line["step"] for line in lines} == set(range(1, row["steps"] + 1))
     assert method == "dapo_memory" or sum(len(line["rewards"]) for line in lines) == 4 * per_step
+
+
+@pytest.mark.parametrize("measure", ["curve", "transfer"])
+def test_the_page_says_what_the_runs_say(measure, tmp_path):
+    docs = Path(__file__).parents[3] / "docs"
+    shutil.copy(docs / "results/choice/runs.csv", tmp_path)
+    told = "results/choice/choice.md" if measure == "curve" else f"results/choice/{measure}/choice.md"
+    assert choose.show(tmp_path / "runs.csv", measure) + "\n" == (docs / told).read_text()
+    assert f'\n--8<-- "docs/{told}"\n' in (docs / "laboratory.md").read_text()

@@ -21,6 +21,7 @@ the whole pool and over prompts outside of it (`transfer`), after every PROMPTS 
 """
 
 import copy
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -35,11 +36,12 @@ from verl_krpo import choice
 from verl_krpo.advantage.memory import PromptMemory, krpo_memory
 from verl_krpo.advantage.weights import score_weights
 from verl_krpo.config import Choice, MemoryConfig, Objective
-from verl_krpo.lab.train import loop, losses
+from verl_krpo.lab.train import loop, losses, results, study
 from verl_krpo.lab.train.tasks import Problem, mixed
 from verl_krpo.plugin import next_batch
 from verl_krpo.replay import rollouts as visits
 from verl_krpo.replay.trackers import TRACKERS
+from verl_krpo.report import tables
 
 TASK = "mixed"
 POOL, PROMPTS, SIZE, FROM, ROUNDS = 256, 16, 4, 4, 8
@@ -220,6 +222,40 @@ def run(models: Path, condition: str, method: str, seed: int, record: Path | Non
     row = {"condition": condition, "method": method, "seed": seed, "rollouts": mark, "curve": curve}
     row |= {"transfer": transfer, "alive": float(np.mean(alive)), "steps": step}
     return row | {"seconds": time.perf_counter() - began}
+
+
+def show(path: Path, measure: str = "curve") -> str:
+    """What a CSV of runs says, a line a pool and way to choose; writes choice.md and curves beside it.
+
+    Accuracy at the end: of uniform itself, and of the others what they differ by from uniform under the same estimator,
+    paired by seed. Rollouts: until the level that uniform_rloo has after three quarters of its run, over its own.
+    """
+    out, rows = study.read(path, measure)
+    of = {name: {} for name in CHOICES}
+    for name in CHOICES:
+        for line in results.summary(rows, f"uniform_{name}"):
+            way, estimator = METHODS[line["method"]]
+            if estimator == name:
+                of[name][line["condition"], way] = line
+    header = ["pool", "choice", *CHOICES, *(f"rollouts, {name}" for name in CHOICES)]
+    body = [
+        [condition, way, *(_cell(of[name].get((condition, way)), way) for name in CHOICES)]
+        + [results.rollouts_cell(of[name].get((condition, way))) for name in CHOICES]
+        for condition in CONDITIONS
+        for way in dict.fromkeys(itertools.chain(*CHOICES.values()))
+        if any((condition, way) in lines for lines in of.values())
+    ]
+    text = tables.table(header, body)
+    out.mkdir(exist_ok=True)
+    (out / "choice.md").write_text(text + "\n")
+    results.draw_curves(rows, out / "curves")
+    return text
+
+
+def _cell(line: dict | None, way: str) -> str:
+    if line is None:
+        return ""
+    return f"{line['accuracy']:.3f}" if way == "uniform" else results.signed(line["to_other"], line["to_other_half"])
 
 
 def _advantages(estimator: str, rolled: Rolled, memory: PromptMemory, step: int) -> tuple[Tensor, PromptMemory]:

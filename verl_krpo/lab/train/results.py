@@ -149,12 +149,12 @@ def as_table(lines: list[dict]) -> str:
             line["method"],
             str(line["seeds"]),
             f"{line['accuracy']:.3f}" + _interval(f"{line['accuracy_low']:.3f}", f"{line['accuracy_high']:.3f}"),
-            _signed(line["difference"], line["difference_half"]),
-            _signed(line["area"], line["area_half"]),
-            _signed(line["to_other"], line["to_other_half"]),
-            _signed(line["area_to_other"], line["area_to_other_half"]),
+            signed(line["difference"], line["difference_half"]),
+            signed(line["area"], line["area_half"]),
+            signed(line["to_other"], line["to_other_half"]),
+            signed(line["area_to_other"], line["area_to_other_half"]),
             f"{line['wins']:.0%}",
-            _ratio(line["rollouts"]) + _interval(_ratio(line["rollouts_low"]), _ratio(line["rollouts_high"])),
+            rollouts_cell(line),
         ]
         for line in lines
     ]
@@ -168,7 +168,14 @@ def as_table(lines: list[dict]) -> str:
     return tables.table(header, cells)
 
 
-def _signed(value: float, half: float) -> str:
+def rollouts_cell(line: dict | None) -> str:
+    """Of a line of `summary`; empty where there is none."""
+    if line is None:
+        return ""
+    return _ratio(line["rollouts"]) + _interval(_ratio(line["rollouts_low"]), _ratio(line["rollouts_high"]))
+
+
+def signed(value: float, half: float) -> str:
     """A dash where there is no interval, as of one seed or of a method to itself."""
     return f"{value:+.3f} ± {half:.3f}" if half > 0 else "-"
 

@@ -109,15 +109,19 @@ def show(path: Path, other: str = "grpo", measure: str = "curve") -> str:
     """
     from verl_krpo.lab.train import results
 
+    return results.as_table(write(*read(path, measure), other))
+
+
+def read(path: Path, measure: str = "curve") -> tuple[Path, list[dict]]:
+    """The folder that a measure's tables go to, and a CSV's runs with that measure as their curve."""
     rows = finished(path)
     if not rows:
         raise ValueError(f"{path} holds no finished run")
-    out = path.parent
-    if measure != "curve":
-        if measure not in rows[0]:
-            raise ValueError(f"{path} has no measure {measure}: its columns are {', '.join(rows[0])}")
-        rows, out = [row | {"curve": row[measure]} for row in rows], out / measure
-    return results.as_table(write(out, rows, other))
+    if measure == "curve":
+        return path.parent, rows
+    if measure not in rows[0]:
+        raise ValueError(f"{path} has no measure {measure}: its columns are {', '.join(rows[0])}")
+    return path.parent / measure, [row | {"curve": row[measure]} for row in rows]
 
 
 def write(out: Path, rows: list[dict], other: str = "grpo") -> list[dict]:
