@@ -183,9 +183,10 @@ class PromptMemory:
         which for new prompts is P0.
 
         prompts: None for all that are remembered, in the order of `keys`. Until a step had two groups nothing tells
-        prompts apart: all have N(L, 0).
+        prompts apart: all have mean L and std 0.
         """
-        visits, model = self._all(step) if prompts is None else self.recall(prompts, step), self.model(memory_var)
+        visits = self._all(step) if prompts is None else self.recall(prompts, step)
+        model = self.model(memory_var)
         low, high = (self.lowest, self.highest) if self.lowest <= self.highest else (self.level, self.level)
         if model is None:
             return Forecast(np.full(len(visits.age), self.level), np.zeros(len(visits.age)), low, high)

@@ -182,7 +182,8 @@ def _memory(
     if (model := visit.after.model(settings.memory_var)) is not None:
         result["krpo/memory_var"] = model.numbers()[0]
         pool = visit.after.forecast(None, visit.step + 1, settings.memory_var)
-        result |= {f"krpo/pool_{name}": float(np.quantile(pool.mean, share)) for name, share in QUARTILES.items()}
+        quartiles = np.quantile(pool.mean, list(QUARTILES.values())).tolist()
+        result |= {f"krpo/pool_{name}": value for name, value in zip(QUARTILES, quartiles, strict=True)}
         result["krpo/pool_std"] = float(pool.std.mean())
     if known.any():
         result["krpo/memory_age"] = visits.age[known].double().mean().item()

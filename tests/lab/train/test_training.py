@@ -224,7 +224,7 @@ def test_a_table_of_the_pages_says_what_its_runs_say(folder):
     if (folder / "runs.csv").exists():
         rows = study.finished(folder / "runs.csv")
     else:
-        rows = [row | {"curve": row[folder.name]} for row in study.finished(folder.parent / "runs.csv")]
+        _, rows = study.read(folder.parent / "runs.csv", folder.name)
     other = study.finished(folder / "summary.csv")[0]["other"]
     assert (folder / "table.md").read_text() == results.as_table(results.summary(rows, other)) + "\n"
 
@@ -235,7 +235,10 @@ def test_every_table_of_runs_is_on_a_page():
     assert TABLES and not missing
 
 
-@pytest.mark.parametrize("folder, methods", [("verl", ["rloo", "krpo_adaptive"]), ("verl_controls", ["rloo", "none"])])
+@pytest.mark.parametrize(
+    "folder, methods",
+    [("verl", ["rloo", "krpo_adaptive"]), ("verl_controls", ["rloo", "none"]), ("verl_choice", ["uniform"])],
+)
 def test_the_page_of_the_laboratory_says_what_the_runs_in_verl_say(capsys, folder, methods):
     page = (ROOT / "docs/laboratory.md").read_text()
     runs = [curves.read(run) for run in sorted((ROOT / "docs/results" / folder).glob("*_seed*"))]

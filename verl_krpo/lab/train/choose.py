@@ -231,31 +231,32 @@ def show(path: Path, measure: str = "curve") -> str:
     paired by seed. Rollouts: until the level that uniform_rloo has after three quarters of its run, over its own.
     """
     out, rows = study.read(path, measure)
-    of = {name: {} for name in CHOICES}
+    found = {}  # (condition, method): its line
     for name in CHOICES:
-        for line in results.summary(rows, f"uniform_{name}"):
-            way, estimator = METHODS[line["method"]]
-            if estimator == name:
-                of[name][line["condition"], way] = line
-    header = ["pool", "choice", *CHOICES, *(f"rollouts, {name}" for name in CHOICES)]
-    body = [
-        [condition, way, *(_cell(of[name].get((condition, way)), way) for name in CHOICES)]
-        + [results.rollouts_cell(of[name].get((condition, way))) for name in CHOICES]
-        for condition in CONDITIONS
-        for way in dict.fromkeys(itertools.chain(*CHOICES.values()))
-        if any((condition, way) in lines for lines in of.values())
-    ]
-    text = tables.table(header, body)
+        under = [row for row in rows if METHODS[row["method"]][1] == name or row["method"] == "uniform_rloo"]
+        for line in results.summary(under, f"uniform_{name}"):
+            found.setdefault((line["condition"], line["method"]), line)
+    body = []
+    for condition, way in itertools.product(CONDITIONS, dict.fromkeys(itertools.chain(*CHOICES.values()))):
+        lines = [found.get((condition, f"{way}_{name}")) for name in CHOICES]
+        if any(lines):
+            body.append([condition, way, *(_end(line) for line in lines), *(_rollouts(line) for line in lines)])
+    text = tables.table(["pool", "choice", *CHOICES, *(f"rollouts, {name}" for name in CHOICES)], body)
     out.mkdir(exist_ok=True)
     (out / "choice.md").write_text(text + "\n")
     results.draw_curves(rows, out / "curves")
     return text
 
 
-def _cell(line: dict | None, way: str) -> str:
+def _end(line: dict | None) -> str:
     if line is None:
         return ""
-    return f"{line['accuracy']:.3f}" if way == "uniform" else results.signed(line["to_other"], line["to_other_half"])
+    uniform = line["method"] == line["other"]
+    return f"{line['accuracy']:.3f}" if uniform else results.signed(line["to_other"], line["to_other_half"])
+
+
+def _rollouts(line: dict | None) -> str:
+    return results.rollouts_cell(line) if line else ""
 
 
 def _advantages(estimator: str, rolled: Rolled, memory: PromptMemory, step: int) -> tuple[Tensor, PromptMemory]:

@@ -168,10 +168,8 @@ def as_table(lines: list[dict]) -> str:
     return tables.table(header, cells)
 
 
-def rollouts_cell(line: dict | None) -> str:
-    """Of a line of `summary`; empty where there is none."""
-    if line is None:
-        return ""
+def rollouts_cell(line: dict) -> str:
+    """Of a line of `summary`."""
     return _ratio(line["rollouts"]) + _interval(_ratio(line["rollouts_low"]), _ratio(line["rollouts_high"]))
 
 
