@@ -34,11 +34,10 @@ from verl_krpo.report import tables
 from verl_krpo.reward.math import compute_score
 
 LAYERS = 8
-MORE = 4  # tokens that a response may have beyond the longest right answer
 HELD_OUT = 64  # questions
 
 CONDITIONS = {
-    name: Condition(name, 8, 4, name, learning_rate=1e-5, steps=100, every=10)
+    name: Condition(name, 8, 4, name, learning_rate=3e-5, steps=24, every=8)
     for name in ("long_sums", "long_products")
 }
 
@@ -78,7 +77,7 @@ def load(task: Path) -> loop.Start:
         for split in splits
         for problem in split
     )
-    made = Task(draw, response, _reward, prepare, task.name, longest + MORE)
+    made = Task(draw, response, _reward, prepare, task.name, longest)
     first = loop.Start(made, model, tokenizer, ())
     return first._replace(held_out=first.right(draw(random.Random(0), min(HELD_OUT, len(splits[1])), True)))
 
