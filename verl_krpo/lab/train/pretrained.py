@@ -4,8 +4,9 @@
                                                FOLDER/long_sums and so on: train.parquet and test.parquet of a task
 
 Its last LAYERS layers learn, the others run without gradient. An answer is right if the reward for mathematics says so.
-What is computed, as in loop.py, is the probability of the one text that a row's extra_info.solution gives, end token
-included; what is measured, before the first step and after every condition.every:
+No response is longer than the longest right one. What is computed, as in loop.py, is the probability of the one text
+that a row's extra_info.solution gives, end token included; what is measured, before the first step and after every
+condition.every:
 
     accuracy, pass8, greedy, entropy    of loop.look, on at most HELD_OUT rows of test.parquet
     other      share of sampled responses that are right in another text, which the accuracy leaves out
