@@ -242,19 +242,30 @@ def rate_table(rates: Rates) -> str:
     return tables.table(["task", *METHODS], lines)
 
 
-def agreement(by_training: list[dict], gradients: Path) -> str:
-    """Spearman's correlation over the methods, a line a task: snr of the gradient halfway, and accuracy at the end."""
-    lines = []
+def agreement(found: list[dict], by_training: list[dict], gradients: Path) -> str:
+    """Spearman's correlation over the methods, a line a task: snr of the gradient halfway, and accuracy at the end.
+
+    Beside it the same of the runs that the rates were found with, where every method has the middle one of RATES.
+    """
+    rate, lines = RATES[len(RATES) // 2], []
     for task in COMPARED:
         path = gradients / f"{task}_{CONDITIONS[task].steps // 2}.csv"
         with path.open(newline="") as file:
             snr = {row["method"]: float(row["snr"]) for row in csv.DictReader(file)}
         ends = {line["method"]: line["difference"] for line in by_training if line["task"] == task}
-        both = [method for method in METHODS if method in snr and method in ends]
-        first_by_snr, first_by_training = (sorted(both, key=lambda method: -of[method]) for of in (snr, ends))
-        rank = stats.spearmanr([snr[m] for m in both], [ends[m] for m in both])
-        lines.append([task, f"{rank.statistic:+.2f}", ", ".join(first_by_snr[:3]), ", ".join(first_by_training[:3])])
-    return tables.table(["task", "rank correlation", "first three by snr", "by training"], lines)
+        same = [row for row in found if row["condition"] == at_rate(task, rate) and int(row["seed"]) == RATE_SEED]
+        known = [method for method in METHODS if method in snr and method in ends]
+        firsts = [", ".join(sorted(known, key=lambda method: -of[method])[:3]) for of in (snr, ends)]
+        ranks = [f"{_rank(snr, of):+.2f}" for of in (ends, {row["method"]: end(row["curve"]) for row in same})]
+        lines.append([task, *ranks, *firsts])
+    header = ["task", "rank correlation", f"all at {rate:g}, one seed", "first three by snr", "by training"]
+    return tables.table(header, lines)
+
+
+def _rank(one: dict[str, float], other: dict[str, float]) -> float:
+    """Spearman's, over the METHODS that both have."""
+    both = [method for method in METHODS if method in one and method in other]
+    return stats.spearmanr([one[method] for method in both], [other[method] for method in both]).statistic
 
 
 def run(out: Path, models: Path, prepare, jobs: int, gradients: Path | None) -> str:
@@ -269,9 +280,9 @@ def run(out: Path, models: Path, prepare, jobs: int, gradients: Path | None) -> 
 
 def show(out: Path, gradients: Path | None) -> str:
     """Tables of what OUT/runs.csv has, written beside it; agreement.md where GRADIENTS has `study gradient`'s CSVs."""
-    rows = study.finished(out / "runs.csv")
-    rates = best_rates(rows)
-    rows = of_table(rows, rates)
+    finished = study.finished(out / "runs.csv")
+    rates = best_rates(finished)
+    rows = of_table(finished, rates)
     lines, tasks, found = overall(rows), by_task(rows), duels(rows)
     results.draw_curves(rows, out / "curves")
     tables.write_csv(out / "overall.csv", lines)
@@ -286,7 +297,7 @@ def show(out: Path, gradients: Path | None) -> str:
         "rates": rate_table(rates),
     }
     if gradients:
-        texts["agreement"] = agreement(tasks, gradients)
+        texts["agreement"] = agreement(finished, tasks, gradients)
     for name, text in texts.items():
         (out / f"{name}.md").write_text(text + "\n")
     return "\n\n".join(texts.values())
