@@ -38,8 +38,7 @@ LAYERS = 8
 HELD_OUT = 64  # questions
 
 CONDITIONS = {
-    name: Condition(name, 8, 4, name, learning_rate=3e-5, steps=24, every=8)
-    for name in ("long_sums", "long_products")
+    name: Condition(name, 8, 4, name, learning_rate=3e-5, steps=24, every=8) for name in ("long_sums", "long_products")
 }
 
 
