@@ -242,7 +242,7 @@ def rate_table(rates: Rates) -> str:
     return tables.table(["task", *METHODS], lines)
 
 
-def agreement(found: list[dict], by_training: list[dict], gradients: Path) -> str:
+def agreement(finished: list[dict], by_training: list[dict], gradients: Path) -> str:
     """Spearman's correlation over the methods, a line a task: snr of the gradient halfway, and accuracy at the end.
 
     Beside it the same of the runs that the rates were found with, where every method has the middle one of RATES.
@@ -253,19 +253,17 @@ def agreement(found: list[dict], by_training: list[dict], gradients: Path) -> st
         with path.open(newline="") as file:
             snr = {row["method"]: float(row["snr"]) for row in csv.DictReader(file)}
         ends = {line["method"]: line["difference"] for line in by_training if line["task"] == task}
-        same = [row for row in found if row["condition"] == at_rate(task, rate) and int(row["seed"]) == RATE_SEED]
-        known = [method for method in METHODS if method in snr and method in ends]
-        firsts = [", ".join(sorted(known, key=lambda method: -of[method])[:3]) for of in (snr, ends)]
-        ranks = [f"{_rank(snr, of):+.2f}" for of in (ends, {row["method"]: end(row["curve"]) for row in same})]
-        lines.append([task, *ranks, *firsts])
+        same = {
+            row["method"]: end(row["curve"])
+            for row in finished
+            if row["condition"] == at_rate(task, rate) and int(row["seed"]) == RATE_SEED
+        }
+        both = [method for method in METHODS if method in snr and method in ends]
+        ranks = [stats.spearmanr([snr[m] for m in both], [of[m] for m in both]).statistic for of in (ends, same)]
+        firsts = [", ".join(sorted(both, key=lambda method: -of[method])[:3]) for of in (snr, ends)]
+        lines.append([task, *(f"{rank:+.2f}" for rank in ranks), *firsts])
     header = ["task", "rank correlation", f"all at {rate:g}, one seed", "first three by snr", "by training"]
     return tables.table(header, lines)
-
-
-def _rank(one: dict[str, float], other: dict[str, float]) -> float:
-    """Spearman's, over the METHODS that both have."""
-    both = [method for method in METHODS if method in one and method in other]
-    return stats.spearmanr([one[method] for method in both], [other[method] for method in both]).statistic
 
 
 def run(out: Path, models: Path, prepare, jobs: int, gradients: Path | None) -> str:
