@@ -13,13 +13,6 @@ from verl_krpo.plugin import metrics
 from verl_krpo.plugin.estimator import compute_advantage
 
 
-@pytest.fixture(autouse=True)
-def nothing_pending():
-    metrics.drain()
-    yield
-    metrics.drain()
-
-
 def rewards_and_uids(sizes=(5, 1, 7, 2), seed=0):
     rng = np.random.default_rng(seed)
     return rng.normal(size=sum(sizes)), [f"uid-{k}" for k, size in enumerate(sizes) for _ in range(size)]

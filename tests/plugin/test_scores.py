@@ -18,9 +18,6 @@ def token_mean(monkeypatch):
     import verl  # noqa: F401 (loads the plugin)
 
     monkeypatch.setattr(scores, "_loss_agg_mode", "token-mean")
-    metrics.discard()
-    yield
-    metrics.discard()
 
 
 def batch_of(**tensors):

@@ -100,9 +100,10 @@ CONDITIONS = {
         _off_policy("calm_long", "digits_128", 3e-4, 15),
         _off_policy("harsh_long", "digits_128", 1e-3, 20),
         *(
-            _off_policy(f"length_{length}{kind}", f"digits_{length}", rate, 15, prompts=8, every=3, stale=stale)
+            _off_policy(f"length_{length}{age}{speed}", f"digits_{length}", rate, 15, prompts=8, every=3, stale=stale)
             for length in (256, 512, 1024)
-            for kind, rate, stale in (("", 3e-4, 0), ("_harsh", 1e-3, 0), ("_stale", 3e-4, 2))
+            for age, stale in (("", 0), ("_stale", 2))
+            for speed, rate in (("", 3e-4), ("_harsh", 1e-3))
         ),
     )
 }
