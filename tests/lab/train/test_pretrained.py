@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from verl_krpo.lab.train.conditions import Condition
 from verl_krpo.lab.train.methods import METHODS
 
 TASK = "small_sums"
+RESULTS = Path(__file__).parents[3] / "docs/results/pretrained"
 
 
 def write(folder, split, pairs):
@@ -164,3 +166,8 @@ def test_what_is_missing_is_named(folder):
     pd.DataFrame(rows).to_parquet(folder / TASK / "train.parquet")
     with pytest.raises(ValueError, match=r"train.parquet, row 0: no extra_info.solution"):
         pretrained.load(folder / TASK)
+
+
+def test_the_table_of_variances_says_what_its_runs_say():
+    text = pretrained.as_table(pretrained.variances(study.finished(RESULTS / "runs.csv")))
+    assert (RESULTS / "variance.md").read_text() == text + "\n"

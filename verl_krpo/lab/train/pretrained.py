@@ -170,12 +170,18 @@ def _ratio(own: np.ndarray, other: np.ndarray) -> np.ndarray:
     return own.mean((-2, -1)) / other.mean((-2, -1))
 
 
+def as_table(lines: list[dict]) -> str:
+    """Of `variances`."""
+    shown = []
+    for line in lines:
+        value, low, high = (line[f"variance_to_rloo{end}"] for end in ("", "_low", "_high"))
+        interval = "" if np.isnan(low) else f" ({low:.2f} to {high:.2f})"
+        shown.append([line["condition"], line["method"], str(line["seeds"]), f"{value:.2f}{interval}"])
+    return tables.table(["condition", "method", "seeds", "variance over RLOO's"], shown)
+
+
 def show(path: Path) -> str:
     """What a CSV of runs says of accuracy, as study.show does, and of the gradient's variance; writes both."""
-    table, lines = study.show(path, "krpo_adaptive"), variances(study.finished(path))
-    for shown in lines:
-        value, low, high = (shown.pop(f"variance_to_rloo{end}") for end in ("", "_low", "_high"))
-        shown["variance over RLOO's"] = f"{value:.2f}" + ("" if np.isnan(low) else f" ({low:.2f} to {high:.2f})")
-    text = tables.markdown(lines)
+    table, text = study.show(path, "krpo_adaptive"), as_table(variances(study.finished(path)))
     (path.parent / "variance.md").write_text(text + "\n")
     return f"{table}\n\n{text}"
