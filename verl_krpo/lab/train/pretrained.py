@@ -172,12 +172,13 @@ def _ratio(own: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def as_table(lines: list[dict]) -> str:
     """Of `variances`."""
-    shown = []
-    for line in lines:
-        value, low, high = (line[f"variance_to_rloo{end}"] for end in ("", "_low", "_high"))
-        interval = "" if np.isnan(low) else f" ({low:.2f} to {high:.2f})"
-        shown.append([line["condition"], line["method"], str(line["seeds"]), f"{value:.2f}{interval}"])
-    return tables.table(["condition", "method", "seeds", "variance over RLOO's"], shown)
+
+    def cell(line: dict) -> str:
+        few = np.isnan(line["variance_to_rloo_low"])  # seeds for an interval
+        return f"{line['variance_to_rloo']:.2f}" if few else tables.interval(line, "variance_to_rloo", 2)
+
+    kept = ("condition", "method", "seeds")
+    return tables.markdown([{key: line[key] for key in kept} | {"variance over RLOO's": cell(line)} for line in lines])
 
 
 def show(path: Path) -> str:
